@@ -1,0 +1,36 @@
+"""The one place that decides which implementation runs, so that it can be logged and forced in tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels import cpu, reference
+from kernels.routing import Routing
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A pair of functions with the signatures of `kernels.reference.route` and `kernels.reference.moe_ffn`."""
+
+    name: str
+    route: Callable[..., Routing]
+    moe_ffn: Callable[..., torch.Tensor]
+
+
+BACKENDS = {
+    "reference": Backend("reference", reference.route, reference.moe_ffn),
+    "cpu": Backend("cpu", cpu.route, cpu.moe_ffn),
+}
+FASTEST_FOR_DEVICE = {"cpu": "cpu"}
+
+
+def select_backend(device: torch.device, name: str | None = None) -> Backend:
+    """The named backend, or the fastest one for the device; devices without one of their own get the reference.
+
+    Raises ValueError for an unknown name.
+    """
+    chosen = name or FASTEST_FOR_DEVICE.get(device.type, "reference")
+    if chosen not in BACKENDS:
+        raise ValueError(f"backend is {chosen!r}, must be one of {sorted(BACKENDS)}")
+    return BACKENDS[chosen]

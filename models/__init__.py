@@ -1,0 +1,1 @@
+"""What a checkpoint is, how it runs, how it is trained, cut and judged."""

@@ -1,0 +1,58 @@
+"""Text to token ids, through the checkpoint's own tokenizer.json."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from models.errors import CheckpointError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids: token ids after truncation, special tokens included. length: tokens before truncation."""
+
+    ids: tuple[int, ...]
+    length: int
+
+    @property
+    def truncated(self) -> bool:
+        return self.length > len(self.ids)
+
+
+class TextEncoder:
+    """A thread-safe tokenizer that cuts at the model's length.
+
+    Saved padding and truncation settings are reset: the model's length decides, and a packed batch has no padding.
+    Raises CheckpointError if the file is unreadable or knows more ids than the model has embeddings.
+    """
+
+    def __init__(self, file: Path, max_tokens: int, vocab_size: int) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"{TOKENIZER_FILE} is missing in {file.parent.name}")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{TOKENIZER_FILE} cannot be read: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.max_tokens = max_tokens
+        highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if highest >= vocab_size:
+            raise CheckpointError(
+                f"{TOKENIZER_FILE} has ids up to {highest}, but the model has only {vocab_size} embeddings"
+            )
+
+    def encode(self, text: str) -> Encoded:
+        """Token ids of a text; special tokens are kept when the end is cut. Raises ValueError on lone surrogates."""
+        ids = self._tokenizer.encode(text).ids
+        if len(ids) <= self.max_tokens:
+            return Encoded(tuple(ids), len(ids))
+        specials = self._tokenizer.num_special_tokens_to_add(False)
+        if specials:
+            body = self._tokenizer.encode(text, add_special_tokens=False)
+            body.truncate(max(self.max_tokens - specials, 0))
+            return Encoded(tuple(self._tokenizer.post_process(body).ids), len(ids))
+        return Encoded(tuple(ids[: self.max_tokens]), len(ids))
