@@ -44,7 +44,7 @@ def route(
     if policy.normalize:  # softmax over the chosen logits is softmax over all, divided by the sum of the chosen
         weight_TK = torch.softmax(top_TK, dim=-1)
     else:
-        weight_TK = torch.exp(top_TK - torch.logsumexp(logits_TE, dim=-1, keepdim=True))
+        weight_TK = torch.softmax(logits_TE, dim=-1).gather(1, row_TK)
     if policy.scale != 1.0:
         weight_TK = weight_TK * policy.scale
     slot_TK = table_VE[0][row_TK]

@@ -1,12 +1,13 @@
 """A checkpoint directory as one value: load it, verify it, write it whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,16 @@ from models.manifest import (
     read_manifest,
 )
 from models.tokenizer import TOKENIZER_FILE, TextEncoder
-from models.weights import DTYPES, SINGLE_FILE, choose_dtype, load_weights, save_weights, stored_dtype, weight_files
+from models.weights import (
+    DTYPES,
+    SINGLE_FILE,
+    choose_dtype,
+    load_weights,
+    save_weights,
+    stored_dtype,
+    tensor_headers,
+    weight_files,
+)
 
 CONFIG_FILE = "config.json"
 # Largest absolute difference of a golden logit, relative to the largest golden logit. float32 measured 2e-6 between
@@ -87,6 +97,14 @@ class Checkpoint:
     def golden(self) -> tuple[Golden, ...]:
         """The answers of this model to the golden texts."""
         return golden_answers(self.model, self.encoder)
+
+    def with_manifest(self, **changes: Any) -> "Checkpoint":
+        """This checkpoint with fields of secateur.json changed, on disk too. Raises CheckpointError if it has none."""
+        if self.manifest is None:
+            raise CheckpointError(f"{self.path.name} has no {MANIFEST_FILE}")
+        manifest = self.manifest.model_copy(update=changes)
+        write_manifest(self.path, manifest)
+        return replace(self, manifest=manifest)
 
     def verify(self) -> None:
         """Recompute the golden answers. Raises CheckpointError if a logit is off, a label differs or none is recorded.
@@ -189,6 +207,16 @@ def save_checkpoint(
         write_manifest(temporary, manifest)
         load_checkpoint(temporary).verify()
     return load_checkpoint(out)
+
+
+def source_of(path: Path) -> Source:
+    """A checkpoint directory, whole or routers only, as a manifest names it."""
+    weights = weight_files(path)
+    headers = tensor_headers(weights)
+    parameters = sum(math.prod(shape) for _, shape, _ in headers.values())
+    size = sum(math.prod(shape) * (4 if dtype == "F32" else 2) for _, shape, dtype in headers.values())
+    files = {file.name: file_sha256(file) for file in (path / CONFIG_FILE, *weights)}
+    return Source(name=path.name, files=files, parameters=parameters, bytes=size)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -19,6 +19,14 @@ from models.config import LayerShape, ModelConfig
 from models.packed import PackedBatch
 
 
+class Noise(Protocol):
+    """What training does to embeddings, and to every branch's output before it joins the residual; shapes are kept."""
+
+    def embedding(self, x_TD: torch.Tensor) -> torch.Tensor: ...
+
+    def branch(self, x_TD: torch.Tensor) -> torch.Tensor: ...
+
+
 class Tap(Protocol):
     """What calibration, training and metrics may look at in each MoE layer; never changes the result."""
 
@@ -80,12 +88,15 @@ class DecoderLayer(nn.Module):
         backend: Backend,
         tap: Tap | None = None,
         last_only: bool = False,
+        noise: Noise | None = None,
     ) -> torch.Tensor:
         """[T, D] -> [T, D], or [B, D] for the last token of each sequence if `last_only`."""
         normed_TD = self._norm(x_TD, self.attention_norm_D)
         residual = x_TD.index_select(0, batch.last_B) if last_only else x_TD
-        x = residual + self._attention(normed_TD, batch, rope, last_only)
-        return x + self._ffn(self._norm(x, self.ffn_norm_D), backend, tap)
+        mixed = self._attention(normed_TD, batch, rope, last_only)
+        x = residual + (mixed if noise is None else noise.branch(mixed))
+        out = self._ffn(self._norm(x, self.ffn_norm_D), backend, tap)
+        return x + (out if noise is None else noise.branch(out))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (weight.shape[0],), weight, self.config.norm_eps)
@@ -167,7 +178,9 @@ class MoEClassifier(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embedding_VD.dtype
 
-    def hidden(self, batch: PackedBatch, tap: Tap | None = None, last_only: bool = False) -> torch.Tensor:
+    def hidden(
+        self, batch: PackedBatch, tap: Tap | None = None, last_only: bool = False, noise: Noise | None = None
+    ) -> torch.Tensor:
         """Final hidden states after the last norm: [T, D], or [B, D] if only each last token is wanted.
 
         With `last_only`, the last layer computes queries and experts for one token per sequence. While gradients are
@@ -176,16 +189,18 @@ class MoEClassifier(nn.Module):
         backend = BACKENDS["reference"] if torch.is_grad_enabled() else self.backend
         cos_T1h, sin_T1h = self.rope[:, batch.position_T].unsqueeze(2)
         x = F.embedding(batch.ids_T, self.embedding_VD)
+        if noise is not None:
+            x = noise.embedding(x)
         for layer in self.layers:
             is_last = layer.index == self.config.num_layers - 1
-            x = layer(x, batch, (cos_T1h, sin_T1h), backend, tap, last_only and is_last)
+            x = layer(x, batch, (cos_T1h, sin_T1h), backend, tap, last_only and is_last, noise)
         return F.rms_norm(x, (self.config.width,), self.norm_D, self.config.norm_eps)
 
     def forward(self, batch: PackedBatch, tap: Tap | None = None) -> torch.Tensor:
         """Class logits [B, C] in the model's dtype, pooled as the checkpoint says (last token, mean, first token)."""
-        if self.config.pooling == "last":
-            return F.linear(self.hidden(batch, tap, last_only=True), self.score_CD)
-        return F.linear(pool(self.hidden(batch, tap), batch, self.config.pooling), self.score_CD)
+        last_only = self.config.pooling == "last"
+        x = self.hidden(batch, tap, last_only)
+        return F.linear(x if last_only else pool(x, batch, self.config.pooling), self.score_CD)
 
     @torch.inference_mode()
     def classify(self, sequences: Sequence[Sequence[int]]) -> Output:
@@ -212,7 +227,9 @@ class SlotTally:
 
 
 def pool(x_TD: torch.Tensor, batch: PackedBatch, pooling: str) -> torch.Tensor:
-    """[T, D] -> [B, D]: the mean over a sequence's tokens, or its first token."""
+    """[T, D] -> [B, D]: the mean over a sequence's tokens, its first token or its last."""
+    if pooling == "last":
+        return x_TD.index_select(0, batch.last_B)
     length_B = torch.tensor(batch.lengths, device=x_TD.device)
     if pooling == "first":
         return x_TD.index_select(0, batch.last_B - length_B + 1)

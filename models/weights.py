@@ -123,18 +123,19 @@ def tensor_headers(files: tuple[Path, ...]) -> dict[str, tuple[Path, tuple[int, 
     return found
 
 
-def load_weights(model: MoEClassifier, files: tuple[Path, ...]) -> None:
-    """Fill every parameter of the model from the files, converting to the parameter's dtype.
+def load_weights(model: MoEClassifier, files: tuple[Path, ...], without: tuple[str, ...] = ()) -> None:
+    """Fill every parameter of the model but those in `without` from the files, converting to the parameter's dtype.
 
     One tensor is mapped at a time and unmapped after it was copied, so the peak is the model plus its largest tensor.
     Raises CheckpointError for a missing, extra, mis-shaped or non-finite tensor, naming it.
     """
     found = tensor_headers(files)
-    wanted = {place.name: place for place in places(model.config)}
+    skipped = {place.name for place in places(model.config) if place.parameter in without}
+    wanted = {place.name: place for place in places(model.config) if place.name not in skipped}
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(f"tensor {missing[0]} is missing{_and_more(missing)}: the checkpoint is incomplete")
-    extra = [name for name in found if name not in wanted and not IGNORED.search(name)]
+    extra = [name for name in found if name not in wanted and name not in skipped and not IGNORED.search(name)]
     if extra:
         raise CheckpointError(f"tensor {extra[0]} belongs to no parameter of this model{_and_more(extra)}")
     for name, place in wanted.items():
@@ -165,13 +166,17 @@ def read_tensors(files: tuple[Path, ...], names: tuple[str, ...]) -> dict[str, t
     return tensors
 
 
-def save_weights(model: MoEClassifier, file: Path, dtype: torch.dtype) -> None:
-    """Write every parameter under the family's names, in `dtype`, as one safetensors file."""
+def save_weights(
+    model: MoEClassifier,
+    file: Path,
+    dtype: torch.dtype,
+    without: tuple[str, ...] = (),
+    extra: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write every parameter but those in `without`, and `extra` tensors, in `dtype`, as one safetensors file."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-    tensors = {
-        place.name: place.view(parameters).detach().to(device="cpu", dtype=dtype).contiguous().clone()
-        for place in places(model.config)
-    }
+    named = {p.name: p.view(parameters) for p in places(model.config) if p.parameter not in without} | dict(extra or {})
+    tensors = {name: t.detach().to(device="cpu", dtype=dtype).contiguous().clone() for name, t in named.items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 

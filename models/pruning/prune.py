@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, source_of
 from models.config import SEMANTICS, Semantics
 from models.dataset import describe, read_rows, stratified
 from models.decoder import MoEClassifier
 from models.errors import CheckpointError, PlanError
 from models.families import FAMILIES
 from models.hf_config import family_of, read_json
-from models.manifest import Layer, Rows, Source, file_sha256
+from models.manifest import Layer, Rows
 from models.progress import Progress, silent
 from models.pruning import METHODS, LayerPlan, Method
 from models.pruning.apply import apply
@@ -71,7 +71,7 @@ def prune(
         options={"keep": keep, "seed": seed, **options},
         semantics=meaning,
         parent=parent.source(),
-        pretrained=_source(pretrained) if pretrained and chosen.needs_pretrained else None,
+        pretrained=source_of(pretrained) if pretrained and chosen.needs_pretrained else None,
         calibration=calibration,
         training=parent.manifest.training if parent.manifest else None,
     )
@@ -188,13 +188,3 @@ def _manifest_layers(parent: Checkpoint, child: MoEClassifier, plans: Mapping[in
             )
         )
     return tuple(layers)
-
-
-def _source(path: Path) -> Source:
-    """A checkpoint directory, whole or routers only, as a manifest names it."""
-    weights = weight_files(path)
-    headers = tensor_headers(weights)
-    parameters = sum(int(np.prod(shape)) for _, shape, _ in headers.values())
-    size = sum(int(np.prod(shape)) * (4 if dtype == "F32" else 2) for _, shape, dtype in headers.values())
-    files = {file.name: file_sha256(file) for file in (path / "config.json", *weights)}
-    return Source(name=path.name, files=files, parameters=parameters, bytes=size)

@@ -1,0 +1,129 @@
+"""The few hyper-parameters of training, and the sizes a model can be asked for by name."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from models.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Rates are peak values of a warm-up and cosine schedule; probabilities are per item named.
+
+    epochs, batch_tokens, max_tokens   passes over the rows; tokens per step; tokens per text (longer ones are cut).
+    learning_rate, weight_decay        AdamW, for everything but routers. trunk_rate scales it for the decoder layers.
+    router_optimizer                   sgd (momentum .9, no weight decay) or adamw. Router-norm change reads the size
+                                       of router gradients, which Adam divides away: see models.pruning.
+    balance_loss                       weight of the load-balancing loss of arXiv 2101.03961.
+    domain_loss                        pretraining only: reward for experts that serve few of the corpora.
+    dropout, path_dropout, head_dropout  of activations; of whole branches per text; before the head.
+    label_smoothing                    of the cross-entropy.
+    token_dropout, token_split, crop   of a text's tokens; chance to break a token in two; chance to train on a part
+                                       of the text.
+    distill                            weight of matching a teacher's probabilities, when there is a teacher.
+    """
+
+    seed: int = 0
+    epochs: int = 4
+    batch_tokens: int = 2048
+    max_tokens: int = 128
+    learning_rate: float = 2e-3
+    trunk_rate: float = 1.0
+    weight_decay: float = 0.1
+    router_optimizer: Literal["sgd", "adamw"] = "sgd"
+    router_learning_rate: float = 0.3
+    balance_loss: float = 0.0
+    domain_loss: float = 0.0
+    dropout: float = 0.1
+    path_dropout: float = 0.0
+    head_dropout: float = 0.1
+    label_smoothing: float = 0.1
+    token_dropout: float = 0.0
+    token_split: float = 0.1
+    crop: float = 0.0
+    distill: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_tokens", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("learning_rate", "router_learning_rate", "trunk_rate"):
+            if not 0.0 < getattr(self, name) < 1e3:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be positive")
+        for name in ("weight_decay", "balance_loss", "domain_loss", "distill"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        for name in PROBABILITIES:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 0 and below 1")
+        if self.router_optimizer not in ("sgd", "adamw"):
+            raise ConfigError(f"router_optimizer is {self.router_optimizer!r}, must be sgd or adamw")
+
+
+PROBABILITIES = ("dropout", "path_dropout", "head_dropout", "label_smoothing", "token_dropout", "token_split", "crop")
+
+PRETRAIN_DEFAULTS = TrainConfig(
+    epochs=1,
+    batch_tokens=3072,
+    learning_rate=3e-3,
+    weight_decay=0.05,
+    router_optimizer="adamw",
+    router_learning_rate=3e-3,
+    balance_loss=0.01,
+    dropout=0.0,
+    head_dropout=0.0,
+    label_smoothing=0.0,
+)
+FINETUNE_DEFAULTS = TrainConfig()
+RECOVER_DEFAULTS = replace(FINETUNE_DEFAULTS, epochs=1, learning_rate=5e-4, router_learning_rate=0.05)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a model made from scratch, in elements."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    num_experts: int
+    top_k: int
+    expert_width: int
+
+
+SIZES: Mapping[str, ModelSize] = {
+    "tiny": ModelSize(512, 32, 2, 2, 1, 8, 2, 32),
+    "demo": ModelSize(4096, 128, 4, 4, 2, 16, 2, 128),
+    "small": ModelSize(8192, 256, 6, 8, 2, 32, 4, 128),
+}
+
+
+def load_train_config(path: Path | None, defaults: TrainConfig) -> TrainConfig:
+    """The defaults with the keys of a YAML file on top. Raises ConfigError naming an unknown key and the nearest."""
+    if path is None:
+        return defaults
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: must be a mapping of hyper-parameters")
+    return replace(defaults, **{key: _checked(path, key, value) for key, value in given.items()})
+
+
+def _checked(path: Path, key: Any, value: Any) -> Any:
+    kinds = {field.name: type(getattr(FINETUNE_DEFAULTS, field.name)) for field in fields(TrainConfig)}
+    if key not in kinds:
+        near = difflib.get_close_matches(str(key), kinds, 1)
+        raise ConfigError(f"{path}: unknown key {key!r}" + (f", did you mean {near[0]}?" if near else ""))
+    if kinds[key] is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kinds[key]:
+        raise ConfigError(f"{path}: {key} is {value!r}, must be a {kinds[key].__name__}")
+    return value
