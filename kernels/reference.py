@@ -81,11 +81,14 @@ def moe_ffn(
     dtype = accumulate or x_TD.dtype
     x_TD_acc = x_TD.to(dtype)
     out_TD = torch.zeros_like(x_TD_acc)
-    for expert in range(experts.w_in_PGD.shape[0]):
+    # unbind, not indexing: the gradient of P slices of a stack is then one stack instead of P zero-filled ones.
+    for expert, (w_in_GD, w_out_DF) in enumerate(
+        zip(experts.w_in_PGD.unbind(), experts.w_out_PDF.unbind(), strict=True)
+    ):
         token_N, choice_N = torch.nonzero(routing.slot_TK == expert, as_tuple=True)
         if token_N.numel() == 0:
             continue
-        y_ND = expert_ffn(x_TD_acc[token_N], experts, expert)
+        y_ND = expert_ffn(x_TD_acc[token_N], w_in_GD, w_out_DF)
         out_TD = out_TD.index_add(0, token_N, y_ND * routing.weight_TK[token_N, choice_N].to(dtype).unsqueeze(1))
     if experts.const_CD is not None:
         token_N, choice_N = torch.nonzero(routing.slot_TK <= FIRST_CONSTANT, as_tuple=True)
@@ -95,10 +98,10 @@ def moe_ffn(
     return out_TD.to(x_TD.dtype)
 
 
-def expert_ffn(x_ND: torch.Tensor, experts: ExpertWeights, expert: int) -> torch.Tensor:
+def expert_ffn(x_ND: torch.Tensor, w_in_GD: torch.Tensor, w_out_DF: torch.Tensor) -> torch.Tensor:
     """One expert on all rows, before any gate: x_ND [N, D] -> [N, D], in x's dtype."""
-    gate_NF, up_NF = F.linear(x_ND, experts.w_in_PGD[expert].to(x_ND.dtype)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_NF) * up_NF, experts.w_out_PDF[expert].to(x_ND.dtype))
+    gate_NF, up_NF = F.linear(x_ND, w_in_GD.to(x_ND.dtype)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate_NF) * up_NF, w_out_DF.to(x_ND.dtype))
 
 
 def _sum_or_one(weight_TK: torch.Tensor) -> torch.Tensor:

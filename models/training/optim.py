@@ -46,7 +46,7 @@ class Optimizers:
         if config.router_optimizer == "adamw":
             groups.append(router_group)
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=BETAS)
+            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=BETAS, fused=True)
         ]
         if config.router_optimizer == "sgd" and routers:
             self.optimizers.append(torch.optim.SGD([router_group], lr=config.router_learning_rate, momentum=MOMENTUM))

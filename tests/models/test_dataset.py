@@ -1,0 +1,115 @@
+"""Rows from files: what is read, what is refused and how it is said."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from models.dataset import Row, describe, label_ids, read_rows, split_rows, stratified
+from models.errors import DataError
+
+DEMO_DATA = Path(__file__).resolve().parents[2] / "demo" / "data"
+
+
+def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
+    rows = (Row("one, two", "a", "train"), Row("zwei\nlines", "b", "test"))
+    lines = "".join(json.dumps({"text": r.text, "label": r.label, "split": r.split}) + "\n" for r in rows)
+    (tmp_path / "r.jsonl").write_text(lines)
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "r.csv").write_text('text,label,split\n"one, two",a,train\n"zwei\nlines",b,test\n')
+    for name in ("r.jsonl", "r.jsonl.gz", "r.csv"):
+        assert read_rows(tmp_path / name) == rows
+        assert read_rows(tmp_path / name, "test") == rows[1:]
+
+
+def test_csv_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_bytes("\ufefftext,label\nhello,a\n".encode())
+    assert read_rows(tmp_path / "r.csv") == (Row("hello", "a"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", '{"text": "a", "label": "x"}\nnot json\n', "line 2: not JSON"),
+        ("r.jsonl", "[1]\n", "line 1: must be an object"),
+        ("r.jsonl", '{"text": "  ", "label": "x"}\n', "line 1: text is '  ', must be a non-empty string"),
+        ("r.jsonl", '{"text": "a", "label": 3}\n', "label is 3, must be a non-empty string"),
+        ("r.jsonl", '{"text": "a"}\n', "label is None"),
+        ("r.jsonl", '{"text": "a", "label": "x", "split": "val"}\n', "split is 'val', must be one of train, dev, test"),
+        ("r.jsonl", "", "holds no rows"),
+        ("r.csv", "text,class\na,b\n", "column 'label' is missing"),
+        ("r.csv", "", "is missing from the header"),
+        ("r.parquet", "", "must be in a .jsonl, .jsonl.gz or .csv file"),
+    ],
+)
+def test_bad_files_name_the_line_and_the_field(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_broken_bytes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_bytes(b"text,label\n\xff\xfe,a\n")
+    with pytest.raises(DataError, match="not readable UTF-8"):
+        read_rows(tmp_path / "r.csv")
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(b'{"text":"a","label":"b"}\n' * 100)[:-9])
+    with pytest.raises(DataError, match="not readable"):
+        read_rows(tmp_path / "r.jsonl.gz")
+
+
+def test_missing_file_and_missing_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a file"):
+        read_rows(tmp_path / "none.csv")
+    (tmp_path / "r.csv").write_text("text,label,split\na,b,train\n")
+    with pytest.raises(DataError, match="no rows with split 'dev'"):
+        read_rows(tmp_path / "r.csv", "dev")
+
+
+def test_without_splits_every_class_gives_a_tenth_to_dev() -> None:
+    rows = [Row(f"text {i}", "ab"[i % 2]) for i in range(200)]
+    train, dev = split_rows(rows)
+    assert Counter(row.label for row in dev) == {"a": 10, "b": 10}
+    assert set(train) | set(dev) == set(rows)
+    assert not set(train) & set(dev)
+    assert split_rows(rows[::-1]) == (train, dev)
+
+
+def test_stratified_takes_classes_in_turns() -> None:
+    rows = [Row(str(i), "common") for i in range(50)] + [Row("r", "rare")]
+    assert [row.label for row in stratified(rows, 4)] == ["common", "rare", "common", "common"]
+    assert len(stratified(rows, 1000)) == 51
+
+
+def test_description_depends_on_rows_and_holds_no_text() -> None:
+    rows = [Row("secret", "a")]
+    assert describe("d", rows).sha256 != describe("d", [Row("secrets", "a")]).sha256
+    assert "secret" not in describe("d", rows).model_dump_json()
+
+
+def test_unknown_label_is_named() -> None:
+    with pytest.raises(DataError, match="label 'z' is unknown"):
+        label_ids([Row("t", "z")], ("a", "b"))
+
+
+@pytest.mark.parametrize(("name", "counts"), [("spam", 5847), ("icd10", 46133), ("language", 9264)])
+def test_vendored_rows_do_not_leak_between_splits(name: str, counts: int) -> None:
+    rows = read_rows(DEMO_DATA / f"{name}.jsonl.gz")
+    assert len(rows) == counts
+    assert leaks(rows) == (0, 0)
+    every = {split: {row.label for row in rows if row.split == split} for split in ("train", "dev", "test")}
+    assert every["train"] == every["dev"] == every["test"]
+    moved = next(i for i, row in enumerate(rows) if row.split == "test" and sum(r.group == row.group for r in rows) > 1)
+    flipped = [*rows[:moved], Row(rows[moved].text, rows[moved].label, "train", rows[moved].group), *rows[moved + 1 :]]
+    assert leaks(flipped) != (0, 0)
+
+
+def leaks(rows: list[Row] | tuple[Row, ...]) -> tuple[int, int]:
+    """Groups and texts that stand in more than one split."""
+    by_group: dict[str, set[str]] = {}
+    by_text: dict[str, set[str]] = {}
+    for row in rows:
+        by_group.setdefault(row.group, set()).add(row.split)
+        by_text.setdefault(row.text.casefold(), set()).add(row.split)
+    return sum(len(s) > 1 for s in by_group.values()), sum(len(s) > 1 for s in by_text.values())
