@@ -99,7 +99,7 @@ class ModelSize:
 
 SIZES: Mapping[str, ModelSize] = {
     "tiny": ModelSize(512, 32, 2, 2, 1, 8, 2, 32),
-    "demo": ModelSize(4096, 128, 4, 4, 2, 16, 2, 128),
+    "demo": ModelSize(8192, 128, 2, 4, 2, 16, 2, 208),
     "small": ModelSize(8192, 256, 6, 8, 2, 32, 4, 128),
 }
 

@@ -4,6 +4,7 @@ Legend: B texts, C classes, D model width, E experts.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sour
 from models.config import Pooling
 from models.dataset import Row, describe, label_ids, read_rows, split_rows
 from models.decoder import DecoderLayer, MoEClassifier, pool
-from models.errors import CheckpointError, ConfigError, DataError
+from models.errors import CheckpointError, DataError
 from models.evaluate import evaluate
 from models.manifest import Accuracy
 from models.packed import PackedBatch
@@ -97,7 +98,7 @@ def finetune(
     labels = tuple(sorted({row.label for row in train_rows}))
     if len(labels) < 2:
         raise DataError(f"{data.name}: train rows have {len(labels)} class, a classifier needs at least 2")
-    model, raw = fresh_head(base, labels, pooling, "single_label_classification", config.seed)
+    model, raw = fresh_head(base, labels, pooling, config.max_tokens, config.seed)
     before = router_weights(model)
     file = base / TOKENIZER_FILE
     record = _fit(model, file, train_rows, labels, config, teacher, out, f"fine-tuning {out.name}", progress)
@@ -117,7 +118,8 @@ def recover(
 ) -> Checkpoint:
     """Train a pruned checkpoint a little on its task, experts and routes as they are, and write it to `out`.
 
-    teacher: usually the unpruned parent. The manifest keeps the pruning's record and adds the recovery's.
+    Texts are cut at the length of the checkpoint if config.max_tokens is greater. teacher: usually the unpruned parent.
+    The manifest keeps the record of the pruning and adds that of the recovery.
     """
     _refuse_existing(out)
     start = load_checkpoint(checkpoint, dtype="float32")
@@ -126,6 +128,7 @@ def recover(
             f"{checkpoint.name}: problem_type is {start.problem_type}, recovery needs single-label rows"
         )
     train_rows, dev_rows = split_rows(read_rows(data), config.seed)
+    config = replace(config, max_tokens=min(config.max_tokens, start.encoder.max_tokens))
     model = start.model.requires_grad_(True)
     before = router_weights(model)
     file = start.path / TOKENIZER_FILE
@@ -180,8 +183,6 @@ def _fit(
         for row, label in zip(rows, label_ids(rows, labels), strict=True)
         if (ids := encoder.encode(row.text).ids)
     ]
-    if config.max_tokens > model.config.max_tokens:
-        raise ConfigError(f"max_tokens is {config.max_tokens}, the model reads at most {model.config.max_tokens}")
     master = None
     if teacher is not None:
         master = load_checkpoint(teacher).model

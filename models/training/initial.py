@@ -12,7 +12,7 @@ from models.config import ModelConfig, Pooling
 from models.decoder import MoEClassifier
 from models.errors import CheckpointError, ConfigError
 from models.families import FAMILIES
-from models.hf_config import parse_config, read_json
+from models.hf_config import family_of, parse_config, read_json
 from models.tokenizer import TOKENIZER_FILE
 from models.training.config import SIZES
 from models.weights import SINGLE_FILE, load_weights, save_weights, weight_files
@@ -76,17 +76,22 @@ def initialize(model: MoEClassifier, seed: int) -> None:
 
 
 def fresh_head(
-    base: Path, labels: tuple[str, ...], pooling: Pooling, problem_type: str, seed: int
+    base: Path, labels: tuple[str, ...], pooling: Pooling, max_tokens: int, seed: int
 ) -> tuple[MoEClassifier, dict[str, Any]]:
     """A pretrained (or fine-tuned) checkpoint's body under a new classification head, in float32, and its config.json.
 
-    Raises CheckpointError if the directory is no checkpoint of a known family, or holds routers only.
+    max_tokens becomes the classifier's length: it will be served as it was trained. Raises ConfigError if the base
+    reads fewer, CheckpointError if the directory is no checkpoint of a known family, or holds routers only.
     """
     raw = read_json(base / CONFIG_FILE)
+    length_key = family_of(raw).keys["max_tokens"][0]
+    if max_tokens > raw.get(length_key, 0):
+        raise ConfigError(f"max_tokens is {max_tokens}, the model reads at most {raw.get(length_key, 0)}")
     raw |= {
+        length_key: max_tokens,
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
-        "problem_type": problem_type,
+        "problem_type": "single_label_classification",
         "classifier_pooling": pooling,
     }
     config = parse_config(raw)

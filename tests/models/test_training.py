@@ -358,5 +358,5 @@ def test_gradients_reach_every_parameter(make_oracle: Callable[..., object], bas
 def load_checkpoint_of(base: Path) -> torch.nn.Module:
     from models.training.initial import fresh_head
 
-    model, _ = fresh_head(base, ("a", "b"), "mean", "single_label_classification", seed=0)
+    model, _ = fresh_head(base, ("a", "b"), "mean", max_tokens=64, seed=0)
     return model
