@@ -47,11 +47,14 @@ class DemoTask:
         return DEMO / "data" / f"{self.name}.jsonl.gz"
 
 
-PRETRAINING = replace(PRETRAIN_DEFAULTS, epochs=1)
+PRETRAINING = PRETRAIN_DEFAULTS
+SPAM = replace(FINETUNE_DEFAULTS, epochs=4, batch_tokens=3072, max_tokens=192, token_dropout=0.3, learning_rate=4e-3)
+ICD10 = replace(FINETUNE_DEFAULTS, epochs=8, token_dropout=0.5, token_split=0.2, head_dropout=0.3, trunk_rate=0.05)
+LANGUAGE = replace(FINETUNE_DEFAULTS, epochs=16, batch_tokens=1024, token_dropout=0.2, token_split=0.4, crop=0.3)
 TASKS = (
-    DemoTask("spam", 8, replace(FINETUNE_DEFAULTS, epochs=4), RECOVER_DEFAULTS),
-    DemoTask("icd10", 8, replace(FINETUNE_DEFAULTS, epochs=8), RECOVER_DEFAULTS),
-    DemoTask("language", 8, replace(FINETUNE_DEFAULTS, epochs=16), RECOVER_DEFAULTS),
+    DemoTask("spam", 8, SPAM, RECOVER_DEFAULTS),
+    DemoTask("icd10", 8, ICD10, RECOVER_DEFAULTS),
+    DemoTask("language", 8, LANGUAGE, RECOVER_DEFAULTS),
 )
 
 

@@ -1,0 +1,69 @@
+# Two commands are the whole set-up on a machine with Python 3.11 or newer: `make serve` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# For `make serve ARGS="--port 9000"`, `make test ARGS="-k routing"` and the like.
+ARGS ?=
+BENCHMARKS = $(filter-out __init__,$(basename $(notdir $(sort $(wildcard benchmarks/*.py)))))
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev serve test test-containers check format bench demo clean
+
+help:
+	@echo "make serve   install, prune and serve the demo, print a curl line that works"
+	@echo "make test    install the dev extra, run the tests"
+	@echo "make test-containers   build the image and bring compose up, where Docker runs"
+	@echo "make check   ruff format --check, ruff check, mypy --strict"
+	@echo "make format  let ruff rewrite the sources"
+	@echo "make bench   side-by-side measurements, see benchmarks/"
+	@echo "make demo    train and prune the demo models again from the vendored rows"
+	@echo "make clean   remove the virtual environment and all caches"
+
+# The stamps are newer than what they were installed from, so that a second call installs nothing.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.runtime
+
+install-dev: $(VENV)/.dev
+
+serve: $(VENV)/.runtime
+	@exec $(BIN)/secateur serve $(ARGS)
+
+demo: $(VENV)/.runtime
+	$(BIN)/secateur demo build $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+# CONTAINER_RUN may name a program that brings an engine up for the command it is given; empty, Docker is there already.
+test-containers:
+	$(CONTAINER_RUN) bash docker/check.sh
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	@for name in $(BENCHMARKS); do echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

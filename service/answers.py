@@ -1,0 +1,203 @@
+"""What a finished request answers, in each of the three response shapes."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from service.deployments import Deployment
+from service.prediction import Activation, Prediction
+from service.schemas import Query
+from service.selection import Exposure
+from service.ticket import Ticket
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request's result. predictions: one per input, in order."""
+
+    id: str
+    query: Query
+    exposure: Exposure | None
+    activation: Activation
+    ticket: Ticket
+    predictions: list[Prediction]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def deployment(self) -> Deployment:
+        return self.ticket.deployment
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.deployment.checkpoint.labels
+
+    @property
+    def usage(self) -> dict[str, int]:
+        tokens = self.ticket.tokens
+        return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+    def scores(self, prediction: Prediction) -> list[dict[str, Any]]:
+        """Classes and activated values, greatest logit first, at most `top_k`."""
+        ids = prediction.order[: self.query.top_k]
+        return [{"label": self.labels[i], "score": prediction.values[i]} for i in ids]
+
+
+def classify_document(answer: Answer) -> dict[str, Any]:
+    """The native shape."""
+    exposure = answer.exposure
+    return {
+        "id": answer.id,
+        "object": "list",
+        "created": answer.created,
+        "model": answer.deployment.name,
+        "task": answer.deployment.task,
+        "variant": answer.deployment.name,
+        "experiment": None
+        if exposure is None
+        else {
+            "name": exposure.name,
+            "revision": exposure.revision,
+            "arm": exposure.arm,
+            "source": exposure.source,
+        },
+        "activation": answer.activation,
+        "data": [
+            {
+                "index": item.index,
+                "label": answer.labels[prediction.label],
+                "score": prediction.values[prediction.label],
+                "labels": [answer.labels[i] for i in prediction.labels],
+                "scores": answer.scores(prediction),
+                "probs": prediction.values if answer.query.top_k is None else None,
+                "num_classes": len(answer.labels),
+                "variant": answer.deployment.name,
+                "tokens": item.tokens,
+                "truncated": item.truncated,
+            }
+            for item, prediction in zip(answer.ticket.items, answer.predictions, strict=True)
+        ],
+        "usage": answer.usage,
+    }
+
+
+def v1_document(answer: Answer) -> dict[str, Any]:
+    """The shape of vLLM and SGLang."""
+    return {
+        "id": answer.id,
+        "object": "list",
+        "created": answer.created,
+        "model": answer.deployment.name,
+        "data": [
+            {
+                "index": index,
+                "label": answer.labels[prediction.label],
+                "probs": prediction.values,
+                "num_classes": len(answer.labels),
+            }
+            for index, prediction in enumerate(answer.predictions)
+        ],
+        "usage": answer.usage,
+    }
+
+
+def predict_document(answer: Answer) -> list[Any]:
+    """The shape of TEI: a list of scores for a single text, a list of such lists for a batch."""
+    lists = [answer.scores(prediction) for prediction in answer.predictions]
+    return lists if answer.query.is_batch else lists[0]
+
+
+class Document(BaseModel):
+    """A JSON object of the API with exactly these fields; responses are built as plain data and documented here."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Score(Document):
+    """A class and its activated value."""
+
+    label: str
+    score: float
+
+
+class Classified(Document):
+    """The result for one input."""
+
+    index: int
+    label: str
+    score: float
+    labels: list[str]
+    scores: list[Score]
+    probs: list[float] | None
+    num_classes: int
+    variant: str
+    tokens: int
+    truncated: bool
+
+
+class Usage(Document):
+    """Tokens, special tokens included, after truncation."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class ExposureDocument(Document):
+    """How the request met an experiment."""
+
+    name: str
+    revision: int
+    arm: str
+    source: str
+
+
+class ClassifyResponse(Document):
+    """The answer of `POST /classify`."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    task: str
+    variant: str
+    experiment: ExposureDocument | None
+    activation: Activation
+    data: list[Classified]
+    usage: Usage
+
+
+class ClassifiedV1(Document):
+    """The result for one input in the shape of vLLM."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyV1Response(Document):
+    """The answer of `POST /v1/classify`."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[ClassifiedV1]
+    usage: Usage
+
+
+class ErrorDetail(Document):
+    """Why a request failed."""
+
+    code: str
+    message: str
+    type: str
+    param: str | None
+    request_id: str
+
+
+class ErrorResponse(Document):
+    """The one error dialect."""
+
+    error: ErrorDetail

@@ -1,0 +1,88 @@
+"""The application: parts wired together, started and stopped with the server."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NoReturn
+
+import torch
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+import service as package
+from models.checkpoint import load_checkpoint
+from service.deployments import Deployment, Loader, Registry
+from service.engine import Engine
+from service.errors import ApiError
+from service.metrics import Metrics
+from service.middleware import Edge
+from service.routes import router
+from service.runtime import Runtime
+from service.savings import publish_weights
+from service.settings import Settings
+
+WATCHDOG_SECONDS = 1.0
+
+
+def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
+    """Build the application. Models load in the background once it starts, so probes answer at once."""
+    metrics = Metrics(task.slo_ms / 1000 for task in settings.tasks.values() if task.slo_ms is not None)
+    registry = Registry(settings)
+
+    def on_loaded(deployment: Deployment) -> None:
+        outcome = "ok" if deployment.is_ready else "failed"
+        metrics.inc("deployment_loads_total", variant=deployment.name, outcome=outcome)
+        if deployment.load_seconds is not None:
+            metrics.set("deployment_load_seconds", deployment.load_seconds, variant=deployment.name)
+        publish_weights(metrics, registry)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = Engine(settings.limits, settings.engine, metrics)
+        app.state.runtime = Runtime(settings, metrics, registry, engine)
+        engine.start()
+        arguments = (load, _device(settings.models.device), settings.models.dtype, on_loaded)
+        threading.Thread(target=registry.load_all, args=arguments, name="secateur-loader", daemon=True).start()
+        watchdog = asyncio.create_task(_watch(engine))
+        yield
+        watchdog.cancel()
+        await engine.stop()
+
+    app = FastAPI(
+        title="Secateur",
+        version=package.__version__,
+        lifespan=lifespan,
+        docs_url="/docs" if settings.server.docs else None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.include_router(router)
+    app.add_exception_handler(HTTPException, _translate)
+    app.add_middleware(Edge, metrics=metrics)
+    return app
+
+
+async def _watch(engine: Engine) -> None:
+    while True:
+        engine.check()
+        await asyncio.sleep(WATCHDOG_SECONDS)
+
+
+async def _translate(request: Request, error: Exception) -> NoReturn:
+    """Turn the framework's own refusals into ours; the edge renders them."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = sorted({*(error.headers or {}).get("Allow", "").split(", ")} - {""})
+        if "GET" in allowed:
+            allowed = sorted({*allowed, "HEAD"})
+        headers = {"allow": ", ".join(allowed)}
+        raise ApiError("method_not_allowed", "the route does not have this method", headers=headers)
+    raise ApiError("route_not_found", "no such route")
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,211 @@
+"""The three request shapes, and the one Query they all become. Nothing is coerced, unknown fields are refused."""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from service.errors import ERRORS, ApiError
+from service.prediction import Activation
+from service.sections import Limits
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a request asks, whatever its shape. field: the name under which its texts came; is_batch: as a list.
+
+    variant: `auto`, `full` or a deployment of the task. model: a deployment or task by one name, or None.
+    """
+
+    texts: list[str]
+    field: str = "inputs"
+    is_batch: bool = False
+    task: str | None = None
+    variant: str = "auto"
+    model: str | None = None
+    top_k: int | None = None
+    activation: Activation | None = None
+    threshold: float | None = None
+    truncate: bool = True
+    subject: str | None = None
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _no_token_ids(value: Any) -> Any:
+    flat = value[0] if isinstance(value, list) and value and isinstance(value[0], list) else value
+    if isinstance(flat, list) and flat and all(type(item) is int for item in flat):
+        raise PydanticCustomError("token_ids_not_supported", "token ids are not accepted, send text")
+    return _as_list(value)
+
+
+def _no_pairs(value: Any) -> Any:
+    if not isinstance(value, list):
+        return _as_list(value)
+    if any(isinstance(item, list) and len(item) > 1 for item in value):
+        raise PydanticCustomError("pairs_not_supported", "text pairs are not supported, send a flat list of texts")
+    return [item[0] if isinstance(item, list) and item else item for item in value]
+
+
+def _no_nul(value: str) -> str:
+    if "\x00" in value:
+        raise PydanticCustomError("nul", "must not contain NUL")
+    return value
+
+
+def _no_surrogates(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("invalid_text", "has a lone surrogate, which is not a character") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_no_surrogates)]
+Subject = Annotated[Text, Field(min_length=1, max_length=256), AfterValidator(_no_nul)]
+
+
+class Body(BaseModel):
+    """A JSON object with exactly these fields, typed as JSON types them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class ClassifyRequest(Body):
+    """`POST /classify`. `input` is an alias of `inputs`, `model` of `variant` (a deployment or a task)."""
+
+    inputs: Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+    task: str | None = None
+    variant: str = "auto"
+    model: str | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    activation: Activation | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    truncate: bool = True
+    subject: Subject | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _aliases(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "variant" in data and "model" in data:
+            raise PydanticCustomError("both_names", "variant and model are the same field, send one")
+        if not isinstance(data, dict) or "input" not in data:
+            return data
+        if "inputs" in data:
+            raise PydanticCustomError("both_inputs", "inputs and input are the same field, send one")
+        return {"inputs" if key == "input" else key: value for key, value in data.items()}
+
+    def query(self, task: str | None) -> Query:
+        if task is not None:
+            raise ApiError("validation_failed", "name the task in the body", "task")
+        return Query(
+            self.inputs,
+            task=self.task,
+            variant=self.variant,
+            model=self.model,
+            top_k=self.top_k,
+            activation=self.activation,
+            threshold=self.threshold,
+            truncate=self.truncate,
+            subject=self.subject,
+        )
+
+
+class NoOps(Body):
+    """Fields that other servers know and that mean nothing here."""
+
+    user: Any = None
+    priority: Any = None
+    cache_salt: Any = None
+    padding: Any = None
+
+
+class ClassifyV1Request(NoOps):
+    """`POST /v1/classify`, the shape of vLLM and SGLang."""
+
+    input: Annotated[list[Text], BeforeValidator(_no_token_ids, json_schema_input_type=str | list[str])]
+    model: str | None = None
+    use_activation: bool | None = None
+
+    def query(self, task: str | None) -> Query:
+        activation: Activation | None = "none" if self.use_activation is False else None
+        return Query(self.input, field="input", task=task, model=self.model, activation=activation)
+
+
+class PredictParameters(Body):
+    """The `parameters` of a Hugging Face inference request."""
+
+    function_to_apply: Activation | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+
+
+class PredictRequest(NoOps):
+    """`POST /predict`, the shape of TEI and Hugging Face inference. A list is a batch, never a pair."""
+
+    inputs: Annotated[list[Text], BeforeValidator(_no_pairs, json_schema_input_type=str | list[str] | list[list[str]])]
+    model: str | None = None
+    raw_scores: bool = False
+    truncate: bool = True
+    parameters: PredictParameters = PredictParameters()
+
+    @model_validator(mode="after")
+    def _one_activation(self) -> Self:
+        if self.raw_scores and self.parameters.function_to_apply not in (None, "none"):
+            raise PydanticCustomError("contradiction", "raw_scores contradicts parameters.function_to_apply")
+        return self
+
+    def query(self, task: str | None) -> Query:
+        return Query(
+            self.inputs,
+            task=task,
+            model=self.model,
+            top_k=self.parameters.top_k,
+            activation="none" if self.raw_scores else self.parameters.function_to_apply,
+            truncate=self.truncate,
+        )
+
+
+Shape = ClassifyRequest | ClassifyV1Request | PredictRequest
+# Pydantic's error types that have a code of their own; the custom types above are codes already.
+_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
+
+
+def parse(shape: type[Shape], document: Any, task: str | None) -> Query:
+    """Check a parsed JSON document against a shape; `task` comes from the query string.
+
+    Raises ApiError (422) for the first problem.
+    """
+    try:
+        query = shape.model_validate(document).query(task)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+    else:
+        return replace(query, is_batch=isinstance(document.get(query.field), list))
+    kind = problem["type"]
+    code = _CODES.get(kind, kind if kind in ERRORS else "validation_failed")
+    message = f"unknown field, the fields are {', '.join(shape.model_fields)}" if code == "unknown_field" else None
+    raise ApiError(code, message or problem["msg"], _path(problem["loc"]) or None)
+
+
+def check_texts(query: Query, limits: Limits) -> None:
+    """Refuse a request whose texts are too many, empty, too long or not text. Raises ApiError (422)."""
+    if not query.texts:
+        raise ApiError("empty_inputs", f"{query.field} is empty", query.field)
+    if len(query.texts) > limits.max_inputs:
+        raise ApiError("too_many_inputs", f"{query.field} has more than {limits.max_inputs} items", query.field)
+    for index, text in enumerate(query.texts):
+        param = f"{query.field}[{index}]"
+        if not text or text.isspace():
+            raise ApiError("empty_input", f"{param} is empty", param)
+        if len(text) > limits.max_chars:
+            raise ApiError("text_too_long", f"{param} has more than {limits.max_chars} characters", param)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path

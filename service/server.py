@@ -1,0 +1,97 @@
+"""The process: one uvicorn server, one worker, and our own way to leave."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from models.checkpoint import load_checkpoint
+from models.errors import ConfigError
+from service import logs
+from service.app import create_app
+from service.deployments import Loader
+from service.runtime import Runtime
+from service.settings import Settings, is_loopback
+
+log = logging.getLogger("secateur.server")
+
+KEEP_ALIVE_SECONDS = 65
+# After the drain only uploads and idle connections are left.
+CLOSE_SECONDS = 2
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run(settings: Settings, load: Loader = load_checkpoint) -> None:
+    """Serve until SIGTERM or SIGINT, drain, and return. A second signal ends the process at once with status 1.
+
+    Raises ConfigError if the address cannot be bound.
+    """
+    logs.configure(settings.logging.level)
+    app = create_app(settings, load)
+    listener = _bind(settings.server.host, settings.server.port)
+    host, port = listener.getsockname()[:2]
+    if settings.auth.mode == "open" and not is_loopback(settings.server.host):
+        log.warning("auth.mode is open: anyone who reaches the port may call")
+    log.info("listening", extra={"fields": {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
+    DrainingServer(app, settings).run(sockets=[listener])
+    log.info("stopped")
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, leaving in our order: readiness off, keep serving, refuse, finish what was accepted, close."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+        self._app = app
+        self._settings = settings.server
+        self._leaving: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle the signals on the event loop instead of uvicorn's way, which stops without a drain."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        yield
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._leaving is not None:
+            os._exit(1)
+        self._leaving = asyncio.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        runtime: Runtime = self._app.state.runtime
+        log.info("draining")
+        runtime.is_draining = True
+        await asyncio.sleep(self._settings.ready_off_seconds)
+        runtime.engine.refuse()
+        await runtime.engine.drain(self._settings.drain_seconds)
+        self.should_exit = True
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"server: cannot listen on {host}:{port} ({error.strerror}), choose another --port") from None

@@ -1,0 +1,74 @@
+"""An admitted request and its items, from admission to the answer."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.deployments import Deployment
+from service.schemas import Query
+
+Outcome = Literal["ok", "failed", "cancelled", "timeout", "drained", "client_error"]
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One admitted request. Times are seconds of one monotonic clock.
+
+    future: resolved once, with None when every row is there, or with the error. outcome: set at that moment.
+    rows: the logits of each item. inside: items that still hold a slot.
+    """
+
+    deployment: Deployment
+    query: Query
+    request_id: str
+    deadline: float
+    admitted_at: float
+    future: asyncio.Future[None]
+    items: list["Item"] = field(default_factory=list)
+    outcome: Outcome | None = None
+    timer: asyncio.TimerHandle | None = None
+    rows: list[list[float]] = field(default_factory=list)
+    missing: int = 0
+    inside: int = 0
+    tokenized_at: float = 0.0
+    started_at: float = 0.0
+    finished_at: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all items, special tokens included, after truncation."""
+        return sum(item.tokens for item in self.items)
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One text of a request. order: its place in the order of arrival at the queues. failed: by its own fault.
+
+    length: tokens before truncation. has_left: its slot has been given back.
+    """
+
+    ticket: Ticket
+    index: int
+    chars: int
+    ids: tuple[int, ...] = ()
+    length: int = 0
+    order: int = 0
+    failed: bool = False
+    has_left: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Its cost in a packed batch."""
+        return len(self.ids)
+
+    @property
+    def truncated(self) -> bool:
+        return self.length > len(self.ids)
+
+    def is_dead(self, now: float) -> bool:
+        """Nobody waits for it any more, or its deadline has passed."""
+        return self.ticket.outcome is not None or now >= self.ticket.deadline
+
+
+Clock = Callable[[], float]
