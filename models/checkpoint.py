@@ -240,6 +240,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600; a service under another user must read them
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         temporary.chmod(0o755)

@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
         """[T, D] -> [T, D], or [B, D] for the last token of each sequence if `last_only`."""
         normed_TD = self._norm(x_TD, self.attention_norm_D)
         residual = x_TD.index_select(0, batch.last_B) if last_only else x_TD
-        mixed = self._attention(normed_TD, batch, rope, last_only)
+        mixed = self._attention(normed_TD, batch, rope, backend, last_only)
         x = residual + (mixed if noise is None else noise.branch(mixed))
         out = self._ffn(self._norm(x, self.ffn_norm_D), backend, tap)
         return x + (out if noise is None else noise.branch(out))
@@ -102,20 +102,25 @@ class DecoderLayer(nn.Module):
         return F.rms_norm(x, (weight.shape[0],), weight, self.config.norm_eps)
 
     def _attention(
-        self, x_TD: torch.Tensor, batch: PackedBatch, rope: tuple[torch.Tensor, torch.Tensor], last_only: bool
+        self,
+        x_TD: torch.Tensor,
+        batch: PackedBatch,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        backend: Backend,
+        last_only: bool,
     ) -> torch.Tensor:
-        c = self.config
+        c, linear = self.config, backend.linear
         q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         bias = self.b_qkv if c.qkv_bias else None
         cos_T1h, sin_T1h = rope
         if last_only:
             w_q, w_kv = self.w_qkv.tensor_split([q_rows])
             b_q, b_kv = (None, None) if bias is None else bias.tensor_split([q_rows])
-            q = F.linear(x_TD.index_select(0, batch.last_B), w_q, b_q)
-            k, v = F.linear(x_TD, w_kv, b_kv).chunk(2, dim=-1)
+            q = linear(x_TD.index_select(0, batch.last_B), w_q, b_q)
+            k, v = linear(x_TD, w_kv, b_kv).chunk(2, dim=-1)
             q_rope = (cos_T1h.index_select(0, batch.last_B), sin_T1h.index_select(0, batch.last_B))
         else:
-            q, k, v = F.linear(x_TD, self.w_qkv, bias).tensor_split([q_rows, q_rows + kv_rows], dim=-1)
+            q, k, v = linear(x_TD, self.w_qkv, bias).tensor_split([q_rows, q_rows + kv_rows], dim=-1)
             q_rope = rope
         if c.qk_norm == "full":
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
@@ -124,20 +129,20 @@ class DecoderLayer(nn.Module):
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
         q, k = rotate(q, *q_rope), rotate(k, cos_T1h, sin_T1h)
         mixed = (attend_pooled if last_only else attend)(q, k, v, batch)
-        return F.linear(mixed.flatten(1), self.w_o)
+        return linear(mixed.flatten(1), self.w_o)
 
     def _ffn(self, x_TD: torch.Tensor, backend: Backend, tap: Tap | None) -> torch.Tensor:
         if not self.shape.num_experts:
-            return gated_ffn(x_TD, self.w_dense_in, self.w_dense_out)
-        logits_TE = F.linear(x_TD, self.w_router_ED)
+            return gated_ffn(x_TD, self.w_dense_in, self.w_dense_out, backend)
+        logits_TE = backend.linear(x_TD, self.w_router_ED)
         routing = backend.route(logits_TE, self.table_VE, self.policy)
         experts = self.experts
         out_TD = backend.moe_ffn(x_TD, routing, experts)
         if tap is not None:
             tap(self.index, x_TD, logits_TE, routing, experts)
         if self.config.shared_width:
-            shared_TD = gated_ffn(x_TD, self.w_shared_in, self.w_shared_out)
-            out_TD = out_TD + torch.sigmoid(F.linear(x_TD, self.w_shared_gate)) * shared_TD
+            shared_TD = gated_ffn(x_TD, self.w_shared_in, self.w_shared_out, backend)
+            out_TD = out_TD + torch.sigmoid(backend.linear(x_TD, self.w_shared_gate)) * shared_TD
         return out_TD
 
     @property
@@ -236,9 +241,9 @@ def pool(x_TD: torch.Tensor, batch: PackedBatch, pooling: str) -> torch.Tensor:
     return torch.segment_reduce(x_TD, "mean", lengths=length_B, axis=0)
 
 
-def gated_ffn(x_TD: torch.Tensor, w_in_GD: torch.Tensor, w_out_DF: torch.Tensor) -> torch.Tensor:
-    gate_TF, up_TF = F.linear(x_TD, w_in_GD).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_TF) * up_TF, w_out_DF)
+def gated_ffn(x_TD: torch.Tensor, w_in_GD: torch.Tensor, w_out_DF: torch.Tensor, backend: Backend) -> torch.Tensor:
+    gate_TF, up_TF = backend.linear(x_TD, w_in_GD).chunk(2, dim=-1)
+    return backend.linear(F.silu(gate_TF) * up_TF, w_out_DF)
 
 
 def outer_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:

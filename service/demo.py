@@ -161,7 +161,7 @@ def _whole(config: TrainConfig) -> TrainConfig:
 
 
 def _quick(config: TrainConfig) -> TrainConfig:
-    return replace(config, epochs=1)
+    return replace(config, epochs=1, min_steps=1)
 
 
 def _rows_file(task: DemoTask, out: Path, quick: bool, limit: int = 1500) -> Path:

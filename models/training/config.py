@@ -15,7 +15,8 @@ from models.errors import ConfigError
 class TrainConfig:
     """How to train. Rates are peak values of a warm-up and cosine schedule; probabilities are per item named.
 
-    epochs, batch_tokens, max_tokens   passes over the rows; tokens per step; tokens per text (longer ones are cut).
+    epochs, min_steps                  passes over the rows; as many more as it takes to make this many steps.
+    batch_tokens, max_tokens           tokens per step; tokens per text (longer ones are cut).
     learning_rate, weight_decay        AdamW, for everything but routers. trunk_rate scales it for the decoder layers:
                                        in small models they must learn far slower than embeddings and head, or they
                                        drown them (language-model loss 6.98 at 1.0, 5.18 at .03 on the demo's rows).
@@ -32,6 +33,7 @@ class TrainConfig:
 
     seed: int = 0
     epochs: int = 4
+    min_steps: int = 200
     batch_tokens: int = 2048
     max_tokens: int = 128
     learning_rate: float = 6e-3
@@ -51,7 +53,7 @@ class TrainConfig:
     distill: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_tokens", "max_tokens"):
+        for name in ("epochs", "min_steps", "batch_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("learning_rate", "router_learning_rate", "trunk_rate"):

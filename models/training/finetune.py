@@ -101,7 +101,7 @@ def finetune(
     model, raw = fresh_head(base, labels, pooling, config.max_tokens, config.seed)
     before = router_weights(model)
     file = base / TOKENIZER_FILE
-    record = _fit(model, file, train_rows, labels, config, teacher, out, f"fine-tuning {out.name}", progress)
+    record = _fit(model, file, train_rows, labels, config, teacher, out, f"fine-tuning on {data.name}", progress)
     record["router_movement"] = router_movement(before, model)
     return _save_judged(
         out, model, raw, file, dev_rows or train_rows, data.name, dtype, pretrained=source_of(base), training=record
@@ -132,7 +132,7 @@ def recover(
     model = start.model.requires_grad_(True)
     before = router_weights(model)
     file = start.path / TOKENIZER_FILE
-    record = _fit(model, file, train_rows, start.labels, config, teacher, out, f"recovering {out.name}", progress)
+    record = _fit(model, file, train_rows, start.labels, config, teacher, out, f"recovering on {data.name}", progress)
     record["router_movement"] = router_movement(before, model)
     kept = start.manifest
     carried = {} if kept is None else {name: getattr(kept, name) for name in CARRIED}

@@ -5,6 +5,7 @@ Nothing random outlives a step: the order and noise of an epoch's texts come fro
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -63,7 +64,8 @@ def train(
     fingerprint = json.dumps({"config": asdict(config), "shapes": {n: list(p.shape) for n, p in named.items()}})
     first_epoch, first_step = _restore(state, named, optimizers, fingerprint)
     loss_sum, loss_count = 0.0, 0
-    for epoch in range(first_epoch, config.epochs):
+    epochs = max(config.epochs, math.ceil(config.min_steps / len(epoch_steps(objective, config, 0))))
+    for epoch in range(first_epoch, epochs):
         steps = epoch_steps(objective, config, epoch)
         for number in range(first_step, len(steps)):
             torch.manual_seed(step_seed(config.seed, epoch, number))
@@ -73,7 +75,7 @@ def train(
                     f"loss is {loss.item()} in epoch {epoch + 1}, step {number + 1}: lower the learning rates"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
-            share = (epoch + (number + 1) / len(steps)) / config.epochs
+            share = (epoch + (number + 1) / len(steps)) / epochs
             optimizers.step(share)
             loss_sum, loss_count = loss_sum + float(loss.detach()), loss_count + 1
             progress(round(share * 1000), 1000, f"{message}, epoch {epoch + 1}, loss {loss_sum / loss_count:.3f}")

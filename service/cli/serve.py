@@ -30,9 +30,10 @@ def serve(
     """
     from service.cli.greeting import greet_when_ready
     from service.server import run
-    from service.settings import load_settings
+    from service.settings import configured_path, load_settings
 
-    settings = load_settings(_config_or_demo(config), _overrides(host, port))
+    chosen = config or configured_path() or _prepared_demo()
+    settings = load_settings(chosen, _overrides(host, port))
     if settings.server.port:  # a port that the system chooses is in the log
         greet_when_ready(settings)
     run(settings)
@@ -47,21 +48,17 @@ def check_config(config: ConfigFile = None, as_json: JsonFlag = False) -> None:
     """
     import yaml
 
-    from service.settings import load_settings
+    from service.demo import CONFIG
+    from service.settings import configured_path, load_settings
 
-    document = load_settings(_config_or_demo(config), {}).model_dump(mode="json")
+    document = load_settings(config or configured_path() or CONFIG, {}).model_dump(mode="json")
     if as_json:
         print_json(document)
     else:
         typer.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), nl=False)
 
 
-def _config_or_demo(config: Path | None) -> Path:
-    from service.settings import configured_path
-
-    chosen = config or configured_path()
-    if chosen is not None:
-        return chosen
+def _prepared_demo() -> Path:
     from service.demo import ensure_demo
 
     with progress_shown() as progress:

@@ -76,6 +76,13 @@ def test_the_environment_can_name_the_configuration(
     assert "toy" in run_cli("check-config", "--json").document["tasks"]
 
 
+def test_the_shipped_configuration_is_valid(run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SECATEUR_CONFIG", raising=False)
+    document = run_cli("check-config", "--json").document
+    assert len(document["deployments"]) == 6
+    assert {experiment["task"] for experiment in document["experiments"].values()} == set(document["tasks"])
+
+
 @pytest.mark.parametrize("command", ["serve", "check-config"])
 def test_a_wrong_configuration_ends_in_one_line(command: str, config: Path, run_cli: Callable[..., Any]) -> None:
     config.write_text(config.read_text() + "limitz: {max_inputs: 7}\n")

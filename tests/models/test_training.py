@@ -36,6 +36,7 @@ COLOURS = {"warm": ("red", "orange", "ember"), "cold": ("blue", "ice", "frost"),
 QUICK = replace(
     FINETUNE_DEFAULTS,
     epochs=6,
+    min_steps=1,
     batch_tokens=256,
     learning_rate=1e-2,
     token_split=0.05,
@@ -63,7 +64,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> Path:
     out = tmp_path_factory.mktemp("base") / "base"
-    pretrain([rows_file], out, replace(PRETRAIN_DEFAULTS, epochs=1, batch_tokens=256), size="tiny")
+    pretrain([rows_file], out, replace(PRETRAIN_DEFAULTS, epochs=1, min_steps=1, batch_tokens=256), size="tiny")
     return out
 
 
@@ -206,7 +207,7 @@ def test_refusals(base: Path, rows_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "mixtral"])
 def test_other_families_train_too(family: str, rows_file: Path, tmp_path: Path) -> None:
-    quick = replace(PRETRAIN_DEFAULTS, epochs=1, batch_tokens=2048)
+    quick = replace(PRETRAIN_DEFAULTS, epochs=1, min_steps=1, batch_tokens=2048)
     pretrain([rows_file], tmp_path / "base", quick, family=family, size="tiny")
     tuned = finetune(tmp_path / "base", rows_file, tmp_path / "tuned", replace(QUICK, epochs=1), pooling="last")
     assert tuned.model.config.family == family
@@ -261,6 +262,14 @@ class Texts:
 
     def loss(self, step: loop.Step) -> torch.Tensor:
         raise AssertionError("not trained here")
+
+
+def test_few_rows_are_passed_over_until_there_are_enough_steps(base: Path, rows_file: Path, tmp_path: Path) -> None:
+    done: list[int] = []
+    config = replace(QUICK, epochs=1, min_steps=50)
+    finetune(base, rows_file, tmp_path / "out", config, progress=lambda share, total, message: done.append(share))
+    steps = done.index(1000) + 1
+    assert 50 <= steps < 60
 
 
 def test_an_epoch_shows_every_text_once_within_the_budget() -> None:

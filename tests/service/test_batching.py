@@ -61,6 +61,12 @@ def test_the_first_that_does_not_fit_ends_the_batch(loop: asyncio.AbstractEventL
     assert lengths(drained(queues, Budget(tokens=100, items=64))) == [[60], [50, 1, 1]]
 
 
+def test_the_limit_is_exact(loop: asyncio.AbstractEventLoop) -> None:
+    mood = deployment("mood")
+    queues = {mood: deque(items(loop, mood, [50, 50, 50, 51]))}
+    assert lengths(drained(queues, Budget(tokens=100, items=64))) == [[50, 50], [50], [51]]
+
+
 def test_items_are_limited_too(loop: asyncio.AbstractEventLoop) -> None:
     mood = deployment("mood")
     queues = {mood: deque(items(loop, mood, [1] * 5))}

@@ -391,6 +391,23 @@ def test_stop_ends_what_is_left() -> None:
     asyncio.run(main())
 
 
+def test_a_result_that_arrives_after_the_stop() -> None:
+    async def main() -> None:
+        bench = Bench()
+        bench.engine.start()
+        ticket = bench.submit("0")
+        # The loop is held here, so the worker's report waits in it, and the lane is already empty.
+        assert bench.model.entered.acquire(timeout=SECONDS)
+        while bench.engine.counts.running:
+            pass
+        await bench.engine.stop()
+        assert code(ticket) == "draining"
+        await bench.empty()
+        assert bench.items("drained") == 1
+
+    asyncio.run(main())
+
+
 def test_retry_after_follows_the_measured_rate() -> None:
     async def test(bench: Bench) -> None:
         await bench.submit("0").future

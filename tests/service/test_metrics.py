@@ -71,6 +71,10 @@ def test_requests_equal_the_clients_count(start: Start) -> None:
     assert harness.metric("http_requests_total", route="/v1/classify", code="200") == 1
     assert harness.metric("http_requests_total", route="unmatched", code="404") == 1
     assert harness.metric("rejected_total", reason="validation") == 2
+    harness.client.request("PROPFIND", "/livez")
+    assert harness.metric("http_requests_total", route="/livez", method="other", code="405") == 1
+    harness.client.head("/openapi.json")
+    assert harness.metric("http_requests_total", route="/openapi.json", method="HEAD", code="200") == 1
 
     for name in ("request", "tokenization", "queue", "inference"):
         assert harness.metric(f"{name}_duration_seconds_count") == 7
