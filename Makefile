@@ -5,7 +5,6 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 # For `make serve ARGS="--port 9000"`, `make test ARGS="-k routing"` and the like.
 ARGS ?=
-BENCHMARKS = $(filter-out __init__,$(basename $(notdir $(sort $(wildcard benchmarks/*.py)))))
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev serve test test-containers check format bench demo clean
@@ -62,7 +61,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	@for name in $(BENCHMARKS); do echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
+	$(BIN)/python -m benchmarks.baselines
+	$(BIN)/python -m benchmarks.forward $(ARGS)
+	$(BIN)/python -m benchmarks.overload demo/secateur.yaml
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,6 +1,6 @@
 """Overload a server of its own and hold its metrics against what the clients counted.
 
-    python benchmarks/overload.py CONFIG [--clients 200] [--seconds 20] [--task NAME]
+    python -m benchmarks.overload CONFIG [--clients 200] [--seconds 20] [--task NAME]
 
 The queue is cut to a quarter of the clients, so they offer four times what may wait, and a refused client asks again at
 once. Prints one JSON document; exits with 1 if a request ended otherwise than with 200 or 429, if a slot is still held
@@ -93,7 +93,8 @@ def _get(url: str) -> str:
         return str(response.read().decode())
 
 
-def _await_message(process: subprocess.Popen[str], message: str) -> dict[str, Any]:
+def await_message(process: subprocess.Popen[str], message: str) -> dict[str, Any]:
+    """Read the server's log up to a message."""
     assert process.stderr is not None
     for text in process.stderr:
         line: dict[str, Any] = json.loads(text)
@@ -111,10 +112,10 @@ def measure(config: Path, clients: int, seconds: float, task: str | None) -> dic
     command = [sys.executable, "-m", "service", "serve", "--config", str(config), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **limits})
     try:
-        url = _await_message(process, "listening")["url"]
+        url = await_message(process, "listening")["url"]
         deployments = json.loads(_get(f"{url}/deployments"))["data"]
         for _ in deployments:
-            _await_message(process, "deployment is ready")
+            await_message(process, "deployment is ready")
         # The access log would fill the pipe: nobody reads it from here on, and the service ignores that.
         assert process.stderr is not None
         process.stderr.close()

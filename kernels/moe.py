@@ -11,16 +11,17 @@ from kernels.routing import Routing
 
 @dataclass(frozen=True)
 class Backend:
-    """A pair of functions with the signatures of `kernels.reference.route` and `kernels.reference.moe_ffn`."""
+    """The functions of `kernels.reference` of the same names, with the same signatures."""
 
     name: str
+    linear: Callable[..., torch.Tensor]
     route: Callable[..., Routing]
     moe_ffn: Callable[..., torch.Tensor]
 
 
 BACKENDS = {
-    "reference": Backend("reference", reference.route, reference.moe_ffn),
-    "cpu": Backend("cpu", cpu.route, cpu.moe_ffn),
+    "reference": Backend("reference", reference.linear, reference.route, reference.moe_ffn),
+    "cpu": Backend("cpu", cpu.linear, cpu.route, cpu.moe_ffn),
 }
 FASTEST_FOR_DEVICE = {"cpu": "cpu"}
 

@@ -98,6 +98,11 @@ def moe_ffn(
     return out_TD.to(x_TD.dtype)
 
 
+def linear(x: torch.Tensor, w_ND: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., D] times a weight matrix w_ND [N, D] plus bias_N [N]: [..., N], in x's dtype."""
+    return F.linear(x, w_ND, bias_N)
+
+
 def expert_ffn(x_ND: torch.Tensor, w_in_GD: torch.Tensor, w_out_DF: torch.Tensor) -> torch.Tensor:
     """One expert on all rows, before any gate: x_ND [N, D] -> [N, D], in x's dtype."""
     gate_NF, up_NF = F.linear(x_ND, w_in_GD.to(x_ND.dtype)).chunk(2, dim=-1)

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from models.config import LayerShape, Semantics
 from models.errors import CheckpointError
@@ -33,6 +33,15 @@ class Layer(_Frozen):
     kept: tuple[int, ...]
     route: tuple[int, ...]
     scores: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _route_reaches_the_experts(self) -> "Layer":
+        slots = {slot for slot in self.route if slot >= 0}
+        if slots != set(range(self.num_experts)):
+            raise ValueError(
+                f"route must reach all {self.num_experts} experts and no other, it reaches {sorted(slots)}"
+            )
+        return self
 
     @property
     def shape(self) -> LayerShape:

@@ -18,7 +18,7 @@ from service.engine import Engine
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import Edge
-from service.routes import router
+from service.routes import add_routes
 from service.runtime import Runtime
 from service.savings import publish_weights
 from service.settings import Settings
@@ -58,7 +58,7 @@ def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(router)
+    add_routes(app)
     app.add_exception_handler(HTTPException, _translate)
     app.add_middleware(Edge, metrics=metrics)
     return app

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -52,7 +53,7 @@ async def classify(request: Request, query: Query, document_of: Callable[[Answer
         response = JSONAnswer(document_of(answer))
         times = _times(ticket, exchange.arrived)
         _label(response, answer, times)
-        _count(metrics, selection, answer, times)
+        response.after = partial(_count, metrics, selection, answer, times)
         exchange.fields |= {
             "variant": deployment.name,
             "tokens": ticket.tokens,

@@ -178,7 +178,6 @@ class Engine:
         if self._closed:
             self._leave_late(batch.items)
             return
-        self._measure(launch)
         for item, result in zip(batch.items, ran.results, strict=True):
             ticket = item.ticket
             ticket.started_at = ticket.started_at or launch.started
@@ -191,6 +190,8 @@ class Engine:
                 if not ticket.missing:
                     self._end(ticket, "ok", None)
         self._leave(batch.items)
+        # Behind the callbacks of the futures: the answers go out first.
+        self._loop.call_soon(self._measure, launch)
 
     def _measure(self, launch: _Launch) -> None:
         batch, ran = launch.batch, launch.ran

@@ -32,8 +32,6 @@ from service.sections import (
 
 ENV_PREFIX = "SECATEUR_"
 CONFIG_VARIABLE = "SECATEUR_CONFIG"
-# Read by the deployment tooling or by a secret store, not part of the document.
-PROCESS_VARIABLES = frozenset({CONFIG_VARIABLE, "SECATEUR_HASH_KEY"})
 
 
 class Settings(Section):
@@ -183,7 +181,7 @@ def _read_file(path: Path) -> dict[Any, Any]:
 def _environment() -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for variable, text in sorted(os.environ.items()):
-        if not variable.startswith(ENV_PREFIX) or variable in PROCESS_VARIABLES:
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
             continue
         keys = variable.removeprefix(ENV_PREFIX).lower().split("__")
         if keys[0] not in Settings.model_fields:

@@ -1,5 +1,6 @@
 """Tiny random checkpoints as `transformers` writes them, and a tokenizer to go with them."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -8,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+
+from models.checkpoint import load_checkpoint, save_checkpoint
 
 WORDS = 60
 VOCAB_SIZE = 64
@@ -127,6 +131,45 @@ def edit_json() -> Callable[..., None]:
         file.write_text(json.dumps(value))
 
     return edit
+
+
+@pytest.fixture
+def edit_tensors() -> Callable[..., None]:
+    """(directory, function): change the tensors of model.safetensors, given as a dict, in place."""
+
+    def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def pristine_saved(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as we write it, with a manifest, that nobody may change."""
+    source = load_checkpoint(pristine)
+    out = tmp_path_factory.mktemp("ours") / "tiny"
+    save_checkpoint(out, source.model, source.raw_config, pristine / "tokenizer.json")
+    return out
+
+
+@pytest.fixture
+def saved_dir(pristine_saved: Path, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(pristine_saved, tmp_path / "saved"))
+
+
+@pytest.fixture
+def reseal() -> Callable[[Path], None]:
+    """(directory): write the files' present hashes into the manifest, so that later checks are reached."""
+
+    def write(path: Path) -> None:
+        manifest = json.loads((path / "secateur.json").read_text())
+        manifest["files"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["files"]}
+        (path / "secateur.json").write_text(json.dumps(manifest))
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -298,6 +298,10 @@ def test_openapi_lists_the_routes(harness: Harness) -> None:
         "/deployments/{name}": ["get"],
         "/metrics": ["get"],
     }
+    for path, parameter in (("/v1/classify", "task"), ("/predict", "task"), ("/deployments/{name}", "name")):
+        (operation,) = paths[path].values()
+        assert [described["name"] for described in operation["parameters"]] == [parameter]
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
     schema = paths["/classify"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["additionalProperties"] is False
     assert "inputs" in schema["required"]

@@ -67,11 +67,6 @@ def test_path_may_come_from_the_environment(config: Path, monkeypatch: pytest.Mo
     assert load_settings(None, {}).version == 1
 
 
-def test_hash_key_is_not_part_of_the_document(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECATEUR_HASH_KEY", "x" * 32)
-    load_settings(config, {})
-
-
 def test_no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SECATEUR_CONFIG", raising=False)
     with pytest.raises(ConfigError, match=r"pass --config FILE or set SECATEUR_CONFIG"):
