@@ -140,7 +140,11 @@ class Registry:
         else:
             deployment.load_seconds = time.monotonic() - started
             deployment.state = State.READY
-            fields = {"deployment": deployment.name, "seconds": round(deployment.load_seconds, 3)}
+            fields = {
+                "deployment": deployment.name,
+                "seconds": round(deployment.load_seconds, 3),
+                "backend": deployment.checkpoint.model.backend.name,
+            }
             log.info("deployment is ready", extra={"fields": fields})
 
     def _check(self, deployment: Deployment, checkpoint: Checkpoint) -> None:

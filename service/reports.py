@@ -18,6 +18,7 @@ def info(runtime: Runtime) -> dict[str, Any]:
         "version": package.__version__,
         "device": str(checkpoints[0].model.device) if checkpoints else settings.models.device,
         "dtype": dtype_name(checkpoints[0]) if checkpoints else settings.models.dtype,
+        "backend": checkpoints[0].model.backend.name if checkpoints else None,
         "tasks": {task.name: _task(task) for task in runtime.registry.tasks.values()},
         "limits": settings.limits.model_dump(),
     }
@@ -50,6 +51,7 @@ def deployment_document(registry: Registry, deployment: Deployment) -> dict[str,
         "error": deployment.error_code,
         "load_seconds": deployment.load_seconds,
         "dtype": None,
+        "backend": None,
         "bytes": None,
         "memory_saved": None,
         "experts_kept": None,
@@ -65,6 +67,7 @@ def deployment_document(registry: Registry, deployment: Deployment) -> dict[str,
     saved = saved_bytes(registry.tasks[deployment.task], deployment)
     return document | {
         "dtype": dtype_name(checkpoint),
+        "backend": checkpoint.model.backend.name,
         "bytes": checkpoint.weight_bytes(),
         "memory_saved": saved and {"bytes": saved[0], "ratio": saved[0] / saved[1], "basis": saved[2]},
         "experts_kept": checkpoint.experts_kept,

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from service.cli import app
+from service.demo_results import results_table
 from service.metrics import PREFIX, TABLE
 from tests.cli.server import serving
 from tests.cli.test_stranger import TRAINING, write_rows
@@ -155,3 +156,10 @@ def files_on_disk() -> Iterator[str]:
     for directory, folders, files in os.walk(ROOT):
         folders[:] = [n for n in folders if n not in IGNORED and not n.endswith((".egg-info", "_cache"))]
         yield from ((Path(directory) / file).relative_to(ROOT).as_posix() for file in files)
+
+
+def test_the_results_are_those_that_were_measured() -> None:
+    """If this fails after a new build: paste the output of `secateur demo results` between the markers."""
+    shown = README.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
+    table = "".join(line + "\n" for line in shown.splitlines() if line.startswith("|"))
+    assert table == results_table()

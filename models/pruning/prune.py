@@ -1,6 +1,8 @@
 """Pruning as a sentence: load, calibrate, plan, apply, save."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,13 @@ import numpy as np
 
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, source_of
 from models.config import SEMANTICS, Semantics
-from models.dataset import describe, read_rows, stratified
+from models.dataset import Row, describe, read_rows, split_rows, stratified
 from models.decoder import MoEClassifier
 from models.errors import CheckpointError, PlanError
+from models.evaluate import evaluate
 from models.families import FAMILIES
 from models.hf_config import family_of, read_json
-from models.manifest import Layer, Rows
+from models.manifest import Accuracy, Layer
 from models.progress import Progress, silent
 from models.pruning import METHODS, LayerPlan, Method
 from models.pruning.apply import apply
@@ -23,6 +26,7 @@ from models.tokenizer import TOKENIZER_FILE
 from models.weights import read_tensors, tensor_headers, weight_files
 
 CALIBRATION_ROWS = 256
+log = logging.getLogger("secateur.pruning")
 
 
 def prune(
@@ -41,8 +45,9 @@ def prune(
 
     keep: experts per layer as a count, or a fraction of each layer's experts (a float, rounded to the nearest count).
     pretrained: the checkpoint, or a directory with config.json and the routers, that fine-tuning started from. data:
-    calibration rows, of which train rows are used. semantics: slice, zero, or None for the method's own.
-    Raises PlanError or CheckpointError; then nothing is written.
+    task rows; train rows calibrate methods that need it, dev rows (a tenth of a file without splits) judge parent and
+    child for the manifest. semantics: slice, zero, or None for the method's own. Raises PlanError, DataError or
+    CheckpointError; then nothing is written.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already: choose another --out or remove it")
@@ -51,10 +56,14 @@ def prune(
     options = {"allow_flat": allow_flat} if "allow_flat" in chosen.options else {}
 
     parent = load_checkpoint(finetuned, dtype="auto")
+    _warn_of_adam(parent, chosen)
+    train_rows, dev_rows = split_rows(read_rows(data), seed) if data is not None else ((), ())
     stats = _layer_stats(parent, pretrained, seed)
     calibration = None
     if data is not None and chosen.needs_data:
-        stats, calibration = _with_counts(parent, stats, data, progress)
+        calibration_rows = stratified(train_rows, CALIBRATION_ROWS)
+        calibration = describe(data.name, calibration_rows)
+        stats = _with_counts(parent, stats, calibration_rows, progress)
     plans = {
         index: chosen.plan(layer, count_to_keep(keep, layer, meaning), meaning, **options)
         for index, layer in stats.items()
@@ -73,6 +82,7 @@ def prune(
         parent=parent.source(),
         pretrained=source_of(pretrained) if pretrained and chosen.needs_pretrained else None,
         calibration=calibration,
+        accuracy=_judge(parent, child, data.name, dev_rows, progress) if data is not None and dev_rows else None,
         training=parent.manifest.training if parent.manifest else None,
     )
 
@@ -131,12 +141,29 @@ def _layer_stats(parent: Checkpoint, pretrained: Path | None, seed: int) -> dict
 
 
 def _with_counts(
-    parent: Checkpoint, stats: dict[int, LayerStats], data: Path, progress: Progress
-) -> tuple[dict[int, LayerStats], Rows]:
-    rows = stratified(read_rows(data, split="train"), CALIBRATION_ROWS)
+    parent: Checkpoint, stats: dict[int, LayerStats], rows: Sequence[Row], progress: Progress
+) -> dict[int, LayerStats]:
     sequences = [parent.encoder.encode(row.text).ids for row in rows]
     counts = calibrate(parent.model, [ids for ids in sequences if ids], progress=progress)
-    return {i: layer.with_counts(counts[i]) for i, layer in stats.items()}, describe(data.name, rows)
+    return {i: layer.with_counts(counts[i]) for i, layer in stats.items()}
+
+
+def _judge(parent: Checkpoint, child: MoEClassifier, name: str, rows: Sequence[Row], progress: Progress) -> Accuracy:
+    """Parent and child on the same rows; the child as it will be stored, since pruning selects or mixes weights."""
+    after = evaluate(replace(parent, model=child), rows, progress=progress)
+    before = evaluate(parent, rows, progress=progress)
+    return Accuracy(data=describe(name, rows), child=after.accuracy, parent=before.accuracy)
+
+
+def _warn_of_adam(parent: Checkpoint, method: Method) -> None:
+    """Adam divides the size of gradients away, and with it the signal of router-norm change (arXiv 2405.16646)."""
+    training = (parent.manifest.training if parent.manifest else None) or {}
+    if method.needs_pretrained and training.get("router_optimizer") == "adamw":
+        log.warning(
+            "%s: routers were fine-tuned by AdamW, so %s may rank experts no better than chance; compare frequency",
+            parent.path.name,
+            method.name,
+        )
 
 
 def router_pairs(finetuned: Path, pretrained: Path, layers: tuple[int, ...]) -> dict[int, RouterPair]:

@@ -9,7 +9,7 @@ from service.cli.arguments import JsonFlag
 from service.cli.output import interval, note, percent, print_json, print_table
 from service.cli.progress import progress_shown
 
-app = typer.Typer(help="The demo models: build them again, or find their configuration.", no_args_is_help=True)
+app = typer.Typer(help="The demo models: build them again, find their configuration, see what they were measured at.", no_args_is_help=True)
 
 
 @app.command("build")
@@ -59,6 +59,19 @@ def path(as_json: JsonFlag = False) -> None:
         print_json({"config": str(config)})
     else:
         typer.echo(config)
+
+
+@app.command("results")
+def results() -> None:
+    """Print what the shipped demo was measured at, as the Markdown table of the README.
+
+    \b
+    Example:
+      secateur demo results
+    """
+    from service.demo_results import results_table
+
+    typer.echo(results_table(), nl=False)
 
 
 def _variant_row(name: str, variant: dict[str, Any], full_parameters: int) -> tuple[str, ...]:

@@ -14,8 +14,10 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
 from models import memory
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.dataset import read_rows
 from models.errors import CheckpointError, PlanError, SecateurError
+from models.evaluate import evaluate
 from models.pruning.prune import prune
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
@@ -130,6 +132,36 @@ def test_frequency_calibrates_on_train_rows_and_records_them(
     assert child.manifest.calibration.rows == 30
     # every text has 3 words and a closing token, top-2, per layer
     assert sum(child.manifest.layers[0].scores) == 30 * 4 * 2
+
+
+def test_dev_rows_judge_parent_and_child(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    base, tuned = pair()
+    rows = [{"text": f"w{i} w{i * 7 % 50}", "label": f"LABEL_{i % 3}", "split": "dev"} for i in range(40)]
+    rows += [{"text": "w1", "label": "LABEL_0", "split": "train"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    child = prune(tuned, "router-norm-change", 2, tmp_path / "child", pretrained=base, data=data)
+    assert child.manifest is not None
+    accuracy = child.manifest.accuracy
+    assert accuracy is not None
+    assert accuracy.data.rows == 40
+    dev = read_rows(data, "dev")
+    assert accuracy.child == evaluate(child, dev).accuracy
+    assert accuracy.parent == evaluate(load_checkpoint(tuned), dev).accuracy
+
+
+def test_routers_trained_by_adam_are_warned_about(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, tuned = pair()
+    parent = load_checkpoint(tuned)
+    for name, optimizer, warnings in (("sgd", "sgd", 0), ("adam", "adamw", 1)):
+        caplog.clear()
+        written = tmp_path / f"parent-{name}"
+        training = {"router_optimizer": optimizer}
+        save_checkpoint(written, parent.model, parent.raw_config, tuned / "tokenizer.json", training=training)
+        prune(written, "router-norm-change", 2, tmp_path / name, pretrained=base)
+        assert len([r for r in caplog.records if "fine-tuned by AdamW" in r.message]) == warnings
 
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels.moe import BACKENDS
 from models.checkpoint import Checkpoint
 from models.config import LayerShape, ModelConfig
 from models.decoder import MoEClassifier, Output
@@ -49,6 +50,7 @@ class ToyModel(MoEClassifier):
         nn.Module.__init__(self)
         shape = LayerShape(kept, tuple(range(kept)))
         self.config = toy_config(num_labels, (shape, shape))
+        self.backend = BACKENDS["reference"]
         self.embedding_VD = nn.Parameter(torch.zeros(4, 8), requires_grad=False)
         self.w_in_PGD = nn.Parameter(torch.zeros(kept, 4, 2), requires_grad=False)
         self.gate = threading.Event()
