@@ -20,6 +20,7 @@ from models.families import FAMILIES
 from models.hf_config import family_of, read_json
 from models.manifest import read_manifest
 from models.progress import Progress, silent
+from models.pruning import METHODS
 from models.pruning.prune import prune
 from models.training.config import FINETUNE_DEFAULTS, PRETRAIN_DEFAULTS, RECOVER_DEFAULTS, TrainConfig
 from models.training.finetune import finetune, recover
@@ -31,6 +32,9 @@ CONFIG = DEMO / "secateur.yaml"
 CHECKPOINTS = DEMO / "checkpoints"
 METHOD = "router-norm-change"
 RANDOM_SEEDS = (0, 1, 2)
+# What happens past the shipped cut: a half and a quarter of its experts, but never fewer than each token chooses.
+BEYOND = (2, 4)
+FEWEST = 2
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def save_routers(base: Path, out: Path) -> None:
 def _measure(
     name: str, keep: int, file: Path, full: Path, pruned: Path, recovered: Path, out: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Parent, child and recovered child on the test rows, and what other methods would have lost, on dev and test."""
+    """Parent, child and recovered child on the test rows, and what other methods and deeper cuts would have lost."""
     rows = read_rows(file, "test")
 
     def judge(checkpoint: Checkpoint) -> Evaluation:
@@ -140,13 +144,15 @@ def _measure(
     report = {"full": _summary(parent)}
     for label, path in (("pruned", pruned), ("recovered", recovered)):
         report[label] = _summary(judge(load_checkpoint(path)), parent)
-    trials = [("slice", METHOD, "slice", 0), ("frequency", "frequency", "zero", 0)]
-    trials += [(f"random-{seed}", "random", "zero", seed) for seed in RANDOM_SEEDS]
-    for label, method, semantics, seed in trials:
+    trials = [("slice", METHOD, "slice", 0, keep), ("frequency", "frequency", "zero", 0, keep)]
+    trials += [(f"random-{seed}", "random", "zero", seed, keep) for seed in RANDOM_SEEDS]
+    trials += [(f"beyond-{share}", METHOD, "zero", 0, max(keep // share, FEWEST)) for share in BEYOND]
+    for label, method, semantics, seed, count in trials:
         trial = out / "trials" / name / label
         shutil.rmtree(trial, ignore_errors=True)
         pretrained = out / "checkpoints" / "base" if method == METHOD else None
-        child = prune(full, method, keep, trial, pretrained, data=file, semantics=semantics, seed=seed)
+        rows_file = file if METHODS[method].needs_data else None
+        child = prune(full, method, count, trial, pretrained, data=rows_file, semantics=semantics, seed=seed)
         report[label] = _summary(judge(child), parent)
     shutil.rmtree(out / "trials")
     return report

@@ -14,6 +14,8 @@ ROWS = (
     ("slice", "router-norm change, `slice`"),
     ("recovered", "router-norm change, `zero`, recovered"),
     ("frequency", "frequency, `zero`"),
+    ("beyond-2", "router-norm change, `zero`, 4 of 16"),
+    ("beyond-4", "router-norm change, `zero`, 2 of 16"),
 )
 
 

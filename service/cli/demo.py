@@ -9,7 +9,10 @@ from service.cli.arguments import JsonFlag
 from service.cli.output import interval, note, percent, print_json, print_table
 from service.cli.progress import progress_shown
 
-app = typer.Typer(help="The demo models: build them again, find their configuration, see what they were measured at.", no_args_is_help=True)
+app = typer.Typer(
+    help="The demo models: build them again, find their configuration, see what they were measured at.",
+    no_args_is_help=True,
+)
 
 
 @app.command("build")
