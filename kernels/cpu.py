@@ -95,7 +95,7 @@ def route(
     slot_TK = table_VE[0][row_TK]
     if _table_is_injective(table_VE[0]):
         return Routing(slot_TK.to(torch.int32), weight_TK.masked_fill_(slot_TK == SKIP, 0.0))
-    return reference._merge_repeats(slot_TK, weight_TK.masked_fill_(slot_TK == SKIP, 0.0))
+    return reference.merge_repeats(slot_TK, weight_TK.masked_fill_(slot_TK == SKIP, 0.0))
 
 
 def moe_ffn(x_TD: torch.Tensor, routing: Routing, experts: ExpertWeights) -> torch.Tensor:

@@ -64,7 +64,7 @@ def route(
         target_T1 = old_sum_T1 if policy.survivors == "old_sum" else torch.ones_like(old_sum_T1)
         weight_TK = weight_TK / _sum_or_one(weight_TK) * target_T1
 
-    return _merge_repeats(slot_TK, weight_TK)
+    return merge_repeats(slot_TK, weight_TK)
 
 
 def moe_ffn(
@@ -114,7 +114,7 @@ def _sum_or_one(weight_TK: torch.Tensor) -> torch.Tensor:
     return torch.where(total_T1 == 0, torch.ones_like(total_T1), total_T1)
 
 
-def _merge_repeats(slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> Routing:
+def merge_repeats(slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> Routing:
     """Let the first pair of a slot carry the summed weight; later ones become -1."""
     same_TKK = (slot_TK.unsqueeze(2) == slot_TK.unsqueeze(1)) & (slot_TK != SKIP).unsqueeze(2)
     earlier_KK = torch.ones(same_TKK.shape[1:], dtype=torch.bool, device=slot_TK.device).tril(-1)

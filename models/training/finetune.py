@@ -25,7 +25,7 @@ from models.tokenizer import TOKENIZER_FILE, TextEncoder
 from models.training.augment import Ids, TokenSplitter, crop, drop_tokens, window
 from models.training.config import TrainConfig
 from models.training.initial import fresh_head
-from models.training.loop import Step, train
+from models.training.loop import Step, train, training_device
 from models.training.losses import RouterTap, balance_loss, distillation_loss
 from models.training.noise import Dropout
 
@@ -62,17 +62,17 @@ class Classification:
 
     def loss(self, step: Step) -> torch.Tensor:
         c = self.config
-        batch, tap = PackedBatch.pack(step.sequences), RouterTap()
+        batch, tap = PackedBatch.pack(step.sequences, self.model.device), RouterTap()
         x_TD = self.model.hidden(batch, tap, noise=Dropout(batch, c.dropout, c.path_dropout))
         x_BD = F.dropout(pool(x_TD, batch, self.model.config.pooling), c.head_dropout)
         logits_BC = F.linear(x_BD, self.model.score_CD)
-        label_B = self.label_N[list(step.rows)]
+        label_B = self.label_N[list(step.rows)].to(self.model.device)
         loss = F.cross_entropy(logits_BC, label_B, label_smoothing=c.label_smoothing)
         if c.balance_loss:
             loss = loss + c.balance_loss * balance_loss(tap)
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_BC = self.teacher.classify(step.sequences).logits_BC.clone()
+                teacher_BC = self.teacher.classify(step.sequences).logits_BC.clone().to(self.model.device)
             loss = loss + c.distill * distillation_loss(logits_BC, teacher_BC)
         return loss
 
@@ -183,9 +183,11 @@ def _fit(
         for row, label in zip(rows, label_ids(rows, labels), strict=True)
         if (ids := encoder.encode(row.text).ids)
     ]
+    device = training_device()
+    model.to(device)
     master = None
     if teacher is not None:
-        master = load_checkpoint(teacher).model
+        master = load_checkpoint(teacher, device).model
         if master.config.num_labels != len(labels):
             raise CheckpointError(
                 f"--teacher {teacher.name} has {master.config.num_labels} classes, the data {len(labels)}"
@@ -194,7 +196,9 @@ def _fit(
         model, [ids for ids, _ in pairs], [label for _, label in pairs], TokenSplitter(tokenizer_file), config, master
     )
     state = out.with_name(f"{out.name}.training")
-    return train(model, objective, config, state, message, progress)
+    record = train(model, objective, config, state, message, progress)
+    model.to("cpu")
+    return record
 
 
 def _save_judged(

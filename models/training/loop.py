@@ -88,6 +88,11 @@ def train(
     return {"config": asdict(config), "loss": loss_sum, "router_optimizer": config.router_optimizer}
 
 
+def training_device() -> str:
+    """The first GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def epoch_steps(objective: Objective, config: TrainConfig, epoch: int) -> list[Step]:
     """The epoch's batches: texts of like length together (with some disorder), the batches in random order."""
     generator = np.random.default_rng([config.seed, epoch])

@@ -45,6 +45,7 @@ class DomainLoss:
 
     def __call__(self, tap: RouterTap, corpus_T: torch.Tensor) -> torch.Tensor:
         """tap of one step and the corpus of each of its tokens -> a scalar, lower when experts specialise."""
+        self.use_LGE = self.use_LGE.to(corpus_T.device)
         terms = []
         for layer, probability_TE in enumerate(tap.probability_TE):
             rows = []

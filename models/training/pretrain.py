@@ -21,7 +21,7 @@ from models.tokenizer import TOKENIZER_FILE, TextEncoder
 from models.training.augment import Ids, TokenSplitter, window
 from models.training.config import SIZES, TrainConfig
 from models.training.initial import base_model, initialize, new_config, save_base
-from models.training.loop import Step, train
+from models.training.loop import Step, train, training_device
 from models.training.losses import DomainLoss, RouterTap, balance_loss
 from models.training.noise import Dropout
 from models.training.tokenizer import BEGIN_ID, train_tokenizer
@@ -70,9 +70,9 @@ class LanguageModelling(nn.Module):
         return texts
 
     def loss(self, step: Step) -> torch.Tensor:
-        batch, tap = PackedBatch.pack(step.sequences), RouterTap()
+        batch, tap = PackedBatch.pack(step.sequences, self.model.device), RouterTap()
         x_TD = self.model.hidden(batch, tap, noise=Dropout(batch, self.config.dropout, self.config.path_dropout))
-        has_next_T = torch.ones(batch.num_tokens, dtype=torch.bool)
+        has_next_T = torch.ones(batch.num_tokens, dtype=torch.bool, device=self.model.device)
         has_next_T[batch.last_B] = False
         position_N = torch.nonzero(has_next_T).squeeze(1)
         loss = F.cross_entropy(F.linear(x_TD[position_N], self.head_VD), batch.ids_T[position_N + 1])
@@ -80,7 +80,7 @@ class LanguageModelling(nn.Module):
             loss = loss + self.config.balance_loss * balance_loss(tap)
         if self.config.domain_loss:
             corpus_B = torch.tensor([self.corpus_of_text[row] for row in step.rows])
-            corpus_T = corpus_B.repeat_interleave(torch.tensor(batch.lengths))
+            corpus_T = corpus_B.repeat_interleave(torch.tensor(batch.lengths)).to(self.model.device)
             loss = loss + self.config.domain_loss * self.domain_loss(tap, corpus_T)
         return loss
 
@@ -112,7 +112,7 @@ def pretrain(
         initialize(model, config.seed)
         encoder = TextEncoder(file, model.config.max_tokens, model.config.vocab_size)
         corpora = [[ids for text in corpus if (ids := encoder.encode(text).ids)] for corpus in texts]
-        objective = LanguageModelling(model, corpora, TokenSplitter(file), config)
+        objective = LanguageModelling(model, corpora, TokenSplitter(file), config).to(training_device())
         state = out.with_name(f"{out.name}.training")
         train(objective.trained(), objective, config, state, f"pretraining {out.name}", progress)
         save_base(out, model, objective.head_VD, raw, file)
