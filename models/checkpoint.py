@@ -157,10 +157,8 @@ def load_checkpoint(
     model = MoEClassifier(config, choose_dtype(dtype, stored_dtype(weights), device), device, backend)
     load_weights(model, weights)
     model.requires_grad_(False).eval()
-    if manifest is not None and memory.num_parameters(model) != manifest.parameters:
-        raise CheckpointError(
-            f"{MANIFEST_FILE}: parameters is {manifest.parameters}, the weights hold {memory.num_parameters(model)}"
-        )
+    if manifest is not None:
+        _check_sizes(manifest, memory.num_parameters(model), stored_dtype(weights))
     return Checkpoint(path, model, encoder, parse_labels(raw), parse_problem_type(raw), manifest, raw, files)
 
 
@@ -256,6 +254,13 @@ def _content_files(path: Path, weights: tuple[Path, ...]) -> tuple[Path, ...]:
         if not file.is_file():
             raise CheckpointError(f"{file.name} is missing in {path.name}")
     return files
+
+
+def _check_sizes(manifest: Manifest, parameters: int, dtype: str) -> None:
+    found = {"parameters": parameters, "dtype": dtype, "bytes": parameters * DTYPES[dtype].itemsize}
+    for field, value in found.items():
+        if getattr(manifest, field) != value:
+            raise CheckpointError(f"{MANIFEST_FILE}: {field} is {getattr(manifest, field)}, the weights hold {value}")
 
 
 def _check_files(manifest: Manifest, files: Mapping[str, str]) -> None:

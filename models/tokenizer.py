@@ -45,14 +45,18 @@ class TextEncoder:
                 f"{TOKENIZER_FILE} has ids up to {highest}, but the model has only {vocab_size} embeddings"
             )
 
-    def encode(self, text: str) -> Encoded:
-        """Token ids of a text; special tokens are kept when the end is cut. Raises ValueError on lone surrogates."""
+    def encode(self, text: str, max_tokens: int | None = None) -> Encoded:
+        """Token ids of a text, at most `max_tokens` if that is less than the model's length.
+
+        Special tokens are kept when the end is cut. Raises ValueError on lone surrogates.
+        """
+        limit = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens)
         ids = self._tokenizer.encode(text).ids
-        if len(ids) <= self.max_tokens:
+        if len(ids) <= limit:
             return Encoded(tuple(ids), len(ids))
         specials = self._tokenizer.num_special_tokens_to_add(False)
         if specials:
             body = self._tokenizer.encode(text, add_special_tokens=False)
-            body.truncate(max(self.max_tokens - specials, 0))
+            body.truncate(max(limit - specials, 0))
             return Encoded(tuple(self._tokenizer.post_process(body).ids), len(ids))
-        return Encoded(tuple(ids[: self.max_tokens]), len(ids))
+        return Encoded(tuple(ids[:limit]), len(ids))

@@ -141,7 +141,7 @@ class Engine:
         encoder = ticket.deployment.checkpoint.encoder
         try:
             for item in ticket.items:
-                encoded = encoder.encode(ticket.query.texts[item.index])
+                encoded = encoder.encode(ticket.query.texts[item.index], ticket.query.max_tokens)
                 item.ids, item.length = encoded.ids, encoded.length
                 _check_length(item, encoder.max_tokens)
         except ApiError as error:

@@ -3,7 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from service.errors import ERRORS, ApiError
@@ -16,6 +25,7 @@ class Query:
     """What a request asks, whatever its shape. field: the name under which its texts came; is_batch: as a list.
 
     variant: `auto`, `full` or a deployment of the task. model: a deployment or task by one name, or None.
+    max_tokens: cut texts here if the model would read more; None: at the model's length.
     """
 
     texts: list[str]
@@ -28,6 +38,7 @@ class Query:
     activation: Activation | None = None
     threshold: float | None = None
     truncate: bool = True
+    max_tokens: int | None = None
     subject: str | None = None
 
 
@@ -129,10 +140,25 @@ class ClassifyV1Request(NoOps):
     input: Annotated[list[Text], BeforeValidator(_no_token_ids, json_schema_input_type=str | list[str])]
     model: str | None = None
     use_activation: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _not_zero(cls, tokens: int | None) -> int | None:
+        if tokens == 0:
+            raise PydanticCustomError("validation_failed", "must be a number of tokens, or -1 for the model's length")
+        return None if tokens == -1 else tokens
 
     def query(self, task: str | None) -> Query:
         activation: Activation | None = "none" if self.use_activation is False else None
-        return Query(self.input, field="input", task=task, model=self.model, activation=activation)
+        return Query(
+            self.input,
+            field="input",
+            task=task,
+            model=self.model,
+            activation=activation,
+            max_tokens=self.truncate_prompt_tokens,
+        )
 
 
 class PredictParameters(Body):

@@ -84,6 +84,8 @@ def one_layer_less(manifest: dict[str, Any]) -> None:
             r"secateur.json: files are \['config.json', 'model.safetensors'\]",
         ),
         (lambda m: m.update(parameters=m["parameters"] + 1), r"secateur.json: parameters is \d+, the weights hold \d+"),
+        (lambda m: m.update(bytes=m["bytes"] - 1), r"secateur.json: bytes is \d+, the weights hold \d+"),
+        (lambda m: m.update(dtype="bfloat16"), "secateur.json: dtype is bfloat16, the weights hold float32"),
         (lambda m: m.update(family="mixtral"), "family is 'mixtral', config.json says 'qwen3_moe'"),
         (fewer_experts, r"tensor model.layers.1.mlp.experts.3\S+ belongs to no parameter"),
         (more_experts, r"tensor model.layers.1.mlp.experts.4\S+ is missing|has shape \[4, 16\], must be \[5, 16\]"),

@@ -98,3 +98,11 @@ def test_threads_share_one_encoder(tokenizer_file: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_caller_may_ask_for_fewer_tokens_but_not_for_more(tokenizer_file: Path) -> None:
+    encoder = TextEncoder(tokenizer_file, max_tokens=5, vocab_size=64)
+    text = "w1 w2 w3 w4 w5 w6 w7"
+    assert encoder.encode(text, 3).ids == (1, 2, 59)  # the closing token stays
+    assert encoder.encode(text, 3).length == 8
+    assert encoder.encode(text, 500) == encoder.encode(text)

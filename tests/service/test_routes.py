@@ -19,6 +19,15 @@ def softmax(*logits: float) -> list[float]:
     return [value / sum(exps) for value in exps]
 
 
+def test_v1_cuts_texts_at_the_wanted_length(harness: Harness) -> None:
+    def tokens(wanted: int | None) -> int:
+        body = {"input": "1 1 1 1 1", "truncate_prompt_tokens": wanted}
+        answer = harness.client.post("/v1/classify", json=body).json()
+        return int(answer["usage"]["prompt_tokens"])
+
+    assert [tokens(wanted) for wanted in (None, -1, 3, 500)] == [5, 5, 3, 5]
+
+
 def test_classify_example(harness: Harness) -> None:
     response = harness.classify(["2 2 1", "0 0"], task="mood", variant="auto", subject="user-2", top_k=None)
     assert response.status_code == 200
@@ -204,6 +213,9 @@ BAD_REQUESTS: list[tuple[str, Any, int, str, str | None]] = [
     ("/v1/classify", {"messages": []}, 422, "missing_field", "input"),
     ("/v1/classify", {"input": "a", "messages": []}, 422, "unknown_field", "messages"),
     ("/v1/classify", {"input": "a", "top_k": 1}, 422, "unknown_field", "top_k"),
+    ("/v1/classify", {"input": "a", "truncate_prompt_tokens": 0}, 422, "validation_failed", "truncate_prompt_tokens"),
+    ("/v1/classify", {"input": "a", "truncate_prompt_tokens": -2}, 422, "validation_failed", "truncate_prompt_tokens"),
+    ("/v1/classify", {"input": "a", "truncate_prompt_tokens": "9"}, 422, "validation_failed", "truncate_prompt_tokens"),
     ("/v1/classify?task=nothing", {"input": "a"}, 404, "task_not_found", "task"),
     ("/predict", {"inputs": [["a", "b"]]}, 422, "pairs_not_supported", "inputs"),
     ("/predict", {"inputs": [[]]}, 422, "validation_failed", "inputs[0]"),

@@ -34,13 +34,14 @@ class ToyEncoder(TextEncoder):
         self.max_tokens = max_tokens
         self.calls = 0
 
-    def encode(self, text: str) -> Encoded:
+    def encode(self, text: str, max_tokens: int | None = None) -> Encoded:
         self.calls += 1
+        limit = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens)
         words = [word for word in text.split() if word != "void"]
         if "crash" in words:
             raise RuntimeError(f"cannot encode {text}")
         ids = tuple(int(word) if word.isdigit() else SWITCHES.get(word, OTHER) for word in words)
-        return Encoded(ids[: self.max_tokens], len(ids))
+        return Encoded(ids[:limit], len(ids))
 
 
 class ToyModel(MoEClassifier):
