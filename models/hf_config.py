@@ -9,8 +9,8 @@ from models.config import POOLINGS, LayerShape, ModelConfig
 from models.errors import CheckpointError
 from models.families import FAMILIES, Family
 
-# A checkpoint that transformers cannot represent (per-layer counts, or router rows without experts) carries this
-# model_type, so that transformers refuses it instead of filling the missing experts with noise.
+# A checkpoint that transformers cannot represent (per-layer counts, router rows without experts, another pooling than
+# the last token) carries this model_type, so that transformers refuses it instead of giving other logits.
 OWN_MODEL_TYPE = "secateur"
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -147,7 +147,7 @@ def write_config(raw: Mapping[str, Any], config: ModelConfig, dtype: str) -> dic
     family = FAMILIES[config.family]
     written = {key: value for key, value in raw.items() if key not in ("secateur_family", "torch_dtype")}
     written["dtype"] = dtype
-    if is_hugging_face_shape(config):
+    if is_hugging_face(config):
         num_experts = max(layer.num_experts for layer in config.layers)
         written |= {key: num_experts for key in family.keys["num_experts"] if key in raw}
         return written | {"model_type": family.name, "architectures": [family.architecture]}
@@ -158,10 +158,14 @@ def write_config(raw: Mapping[str, Any], config: ModelConfig, dtype: str) -> dic
     }
 
 
-def is_hugging_face_shape(config: ModelConfig) -> bool:
-    """True if every MoE layer holds the same number of experts and routes to each of them under its own row."""
+def is_hugging_face(config: ModelConfig) -> bool:
+    """True if transformers computes the same logits from this architecture.
+
+    Its classifiers read the last token, and every MoE layer holds the same number of experts, each under its own row.
+    """
     experts = {config.layers[i] for i in config.moe_layers}
-    return len(experts) <= 1 and all(layer == LayerShape.unpruned(layer.num_experts) for layer in experts)
+    is_uniform = len(experts) <= 1 and all(layer == LayerShape.unpruned(layer.num_experts) for layer in experts)
+    return is_uniform and config.pooling == "last"
 
 
 def _uniform_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:

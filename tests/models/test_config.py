@@ -10,7 +10,7 @@ import pytest
 from models.config import LayerShape, ModelConfig
 from models.errors import CheckpointError
 from models.hf_config import (
-    is_hugging_face_shape,
+    is_hugging_face,
     parse_config,
     parse_labels,
     parse_problem_type,
@@ -171,10 +171,19 @@ def test_a_uniform_slice_stays_a_hugging_face_config(raw: dict[str, Any]) -> Non
 )
 def test_what_transformers_cannot_hold_is_marked_as_ours(raw: dict[str, Any], layers: tuple[LayerShape, ...]) -> None:
     config = pruned(parse_config(raw), *layers)
-    assert not is_hugging_face_shape(config)
+    assert not is_hugging_face(config)
     written = write_config(raw, config, "float32")
     assert written["model_type"] == "secateur"
     assert parse_config(json.loads(json.dumps(written)), layers) == config
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_a_head_that_does_not_read_the_last_token_is_marked_as_ours(raw: dict[str, Any], pooling: str) -> None:
+    raw["classifier_pooling"] = pooling
+    config = parse_config(raw)
+    written = write_config(raw, config, "float32")
+    assert written["model_type"] == "secateur"
+    assert parse_config(written) == config
 
 
 def test_layers_of_a_manifest_must_match_the_depth(raw: dict[str, Any]) -> None:
