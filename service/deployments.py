@@ -115,11 +115,14 @@ class Registry:
             on_loaded(self.deployments[name])
 
     def readiness(self) -> Readiness:
-        """Starting until every required deployment is ready; degraded if an optional one failed."""
+        """Starting until every deployment has been tried, so that the first request meets them all.
+
+        Then failed without a required deployment, degraded without an optional one.
+        """
         required = [task.deployments[name] for task in self.tasks.values() for name in task.settings.required_names]
         if any(deployment.state is State.FAILED for deployment in required):
             return "failed"
-        if not all(deployment.is_ready for deployment in required):
+        if any(deployment.state in (State.LOADING, State.TESTING) for deployment in self.deployments.values()):
             return "starting"
         if any(deployment.state is State.FAILED for deployment in self.deployments.values()):
             return "degraded"

@@ -1,10 +1,13 @@
 """Loading in the background, and what the probes say meanwhile."""
 
+from pathlib import Path
+
 import pytest
 
 from models.errors import CheckpointError
+from service.deployments import Registry, State
 from tests.service.conftest import Harness, Start
-from tests.service.toys import ToyLoader, ToyModel, toy_checkpoint, toy_loader
+from tests.service.toys import ToyLoader, ToyModel, toy_checkpoint, toy_loader, toy_settings
 
 
 def statuses(harness: Harness) -> tuple[int, int, int]:
@@ -48,6 +51,18 @@ def test_degraded_without_an_optional_deployment(start: Start) -> None:
     assert (document["state"], document["error"], document["bytes"]) == ("failed", "internal", None)
     assert harness.metric("deployment_loads_total", variant="mood-pruned", outcome="failed") == 1
     assert "secret" not in harness.client.get("/deployments").text
+
+
+def test_readiness_waits_until_every_deployment_was_tried(tmp_path: Path) -> None:
+    registry = Registry(toy_settings(tmp_path))
+    for deployment in registry.deployments.values():
+        assert registry.readiness() == "starting"
+        deployment.state = State.READY
+    assert registry.readiness() == "ready"
+    registry.deployments["mood-pruned"].state = State.FAILED
+    assert registry.readiness() == "degraded"
+    registry.deployments["mood-full"].state = State.FAILED
+    assert registry.readiness() == "failed"
 
 
 def test_not_ready_without_a_required_deployment(start: Start) -> None:
