@@ -116,7 +116,8 @@ class Engine:
         self.refuse()
         self._close("drained", _draining)
         await self._loop.run_in_executor(None, self._tokenizers.shutdown)
-        await self._loop.run_in_executor(None, self._worker.join, self._settings.stall_seconds)
+        if not self.failed:  # a stalled worker may never come back, and a daemon thread does not keep the process
+            await self._loop.run_in_executor(None, self._worker.join, self._settings.stall_seconds)
 
     def check(self) -> None:
         """Fail the engine if its worker is dead or stalled; called by the watchdog and by `/livez`."""

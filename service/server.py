@@ -25,6 +25,8 @@ log = logging.getLogger("secateur.server")
 KEEP_ALIVE_SECONDS = 65
 # After the drain only uploads and idle connections are left.
 CLOSE_SECONDS = 2
+# After the engine failed: time for the last answers to leave and for a probe to see why.
+FAILED_SECONDS = 2
 # How long the event loop may hold the interpreter while the worker waits for it. The worker gives it up at every torch
 # operation and must win it back some hundred times per batch, so a busy loop starves it: 200 clients that ask again at
 # once got 16 answers a second with Python's 5 ms, 141 with .5 ms, 256 with .1 ms, 260 with .02 ms
@@ -36,7 +38,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def run(settings: Settings, load: Loader = load_checkpoint) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return. A second signal ends the process at once with status 1.
 
-    Raises ConfigError if the address cannot be bound.
+    Raises ConfigError if the address cannot be bound, and SystemExit with status 1 after the engine has failed: a
+    supervisor starts a new process, the only thing that helps a broken device.
     """
     logs.configure(settings.logging.level)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -46,8 +49,11 @@ def run(settings: Settings, load: Loader = load_checkpoint) -> None:
     if settings.auth.mode == "open" and not is_loopback(settings.server.host):
         log.warning("auth.mode is open: anyone who reaches the port may call")
     log.info("listening", extra={"fields": {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
-    DrainingServer(app, settings).run(sockets=[listener])
+    server = DrainingServer(app, settings)
+    server.run(sockets=[listener])
     log.info("stopped")
+    if server.has_failed:
+        sys.exit(1)
 
 
 class DrainingServer(uvicorn.Server):
@@ -70,6 +76,7 @@ class DrainingServer(uvicorn.Server):
         self._app = app
         self._settings = settings.server
         self._leaving: asyncio.Task[None] | None = None
+        self.has_failed = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,6 +87,19 @@ class DrainingServer(uvicorn.Server):
         yield
         for number in SIGNALS:
             loop.remove_signal_handler(number)
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's heartbeat, ten times a second: leave once the engine has failed."""
+        runtime: Runtime = self._app.state.runtime
+        if runtime.engine.failed and self._leaving is None:
+            self._leaving = asyncio.create_task(self._give_up())
+        return await super().on_tick(counter)
+
+    async def _give_up(self) -> None:
+        log.error("leaving because the engine failed")
+        self.has_failed = True
+        await asyncio.sleep(FAILED_SECONDS)
+        self.should_exit = True
 
     def _on_signal(self) -> None:
         if self._leaving is not None:

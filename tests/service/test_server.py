@@ -143,3 +143,12 @@ def test_port_in_use(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
             run(toy_settings(tmp_path, server={"port": port}), toy_loader())
+
+
+def test_a_broken_device_ends_the_process_for_its_supervisor(launch: Callable[..., Process]) -> None:
+    server = launch()
+    answer = classify(server.url, "broken")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_failed")
+    assert httpx.get(f"{server.url}/livez", trust_env=False).status_code == 503
+    server.until("leaving because the engine failed")
+    assert server.finish() == 1
