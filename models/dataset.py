@@ -137,6 +137,8 @@ def _row(path: Path, line: int, record: dict[str, object]) -> Row:
         value = record.get(field)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{path.name}, line {line}: {field} is {value!r}, must be a non-empty string")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{path.name}, line {line}: {field} holds half of a surrogate pair, which is no character")
     split = record.get("split") or ""
     if split not in ("", *SPLITS):
         raise DataError(f"{path.name}, line {line}: split is {split!r}, must be one of {', '.join(SPLITS)}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 PARTS = ("experts", "router", "attention", "embedding", "head", "other")
@@ -48,7 +47,3 @@ def resident_bytes(models: Iterable[nn.Module]) -> int:
             storage = tensor.untyped_storage()
             storages[(tensor.device, storage.data_ptr())] = storage.nbytes()
     return sum(storages.values())
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

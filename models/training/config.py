@@ -110,8 +110,16 @@ SIZES: Mapping[str, ModelSize] = {
 }
 
 
-def load_train_config(path: Path | None, defaults: TrainConfig) -> TrainConfig:
-    """The defaults with the keys of a YAML file on top. Raises ConfigError naming an unknown key and the nearest."""
+# What a stage does not read; setting it in a file is an error instead of a silent nothing.
+PRETRAIN_UNREAD = frozenset({"head_dropout", "label_smoothing", "token_dropout", "crop", "distill"})
+FINETUNE_UNREAD = frozenset({"domain_loss"})
+
+
+def load_train_config(path: Path | None, defaults: TrainConfig, unread: frozenset[str] = frozenset()) -> TrainConfig:
+    """The defaults with the keys of a YAML file on top.
+
+    Raises ConfigError for an unknown key, naming the nearest, and for one in `unread`.
+    """
     if path is None:
         return defaults
     try:
@@ -120,6 +128,9 @@ def load_train_config(path: Path | None, defaults: TrainConfig) -> TrainConfig:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: must be a mapping of hyper-parameters")
+    ignored = sorted(unread & {str(key) for key in given})
+    if ignored:
+        raise ConfigError(f"{path}: {ignored[0]} has no meaning for this kind of training: remove it")
     return replace(defaults, **{key: _checked(path, key, value) for key, value in given.items()})
 
 

@@ -3,6 +3,7 @@
 Legend: B texts, C classes, D model width, E experts.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,7 @@ def finetune(
     labels = tuple(sorted({row.label for row in train_rows}))
     if len(labels) < 2:
         raise DataError(f"{data.name}: train rows have {len(labels)} class, a classifier needs at least 2")
+    label_ids(dev_rows, labels)  # refuse a label that training never shows before training, not after
     model, raw = fresh_head(base, labels, pooling, config.max_tokens, config.seed)
     before = router_weights(model)
     file = base / TOKENIZER_FILE
@@ -195,8 +197,7 @@ def _fit(
     objective = Classification(
         model, [ids for ids, _ in pairs], [label for _, label in pairs], TokenSplitter(tokenizer_file), config, master
     )
-    state = out.with_name(f"{out.name}.training")
-    record = train(model, objective, config, state, message, progress)
+    record = train(model, objective, config, _state_directory(out), message, progress)
     model.to("cpu")
     return record
 
@@ -213,8 +214,13 @@ def _save_judged(
 ) -> Checkpoint:
     """Save, evaluate what was saved, and put the accuracy into the manifest."""
     saved = save_checkpoint(out, model.requires_grad_(False).eval(), raw, tokenizer_file, dtype=dtype, **provenance)
+    shutil.rmtree(_state_directory(out), ignore_errors=True)
     result = evaluate(saved, rows)
     return saved.with_manifest(accuracy=Accuracy(data=describe(name, rows), child=result.accuracy))
+
+
+def _state_directory(out: Path) -> Path:
+    return out.with_name(f"{out.name}.training")
 
 
 def _refuse_existing(out: Path) -> None:

@@ -1,14 +1,13 @@
 """Models before training: from scratch by family and size, or a pretrained body under a fresh head."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.checkpoint import CONFIG_FILE, new_directory
-from models.config import ModelConfig, Pooling
+from models.config import Pooling
 from models.decoder import MoEClassifier
 from models.errors import CheckpointError, ConfigError
 from models.families import FAMILIES
@@ -120,5 +119,4 @@ def save_base(out: Path, model: MoEClassifier, lm_head_VD: torch.Tensor, raw: di
 
 def base_model(raw: dict[str, Any]) -> MoEClassifier:
     """An uninitialised model for a config.json without classes; its one-class head is never used nor saved."""
-    config: ModelConfig = parse_config(raw | {"id2label": {"0": "unused"}})
-    return MoEClassifier(replace(config))
+    return MoEClassifier(parse_config(raw | {"id2label": {"0": "unused"}}))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,6 +25,7 @@ from models.training.optim import Optimizers
 
 SAVE_EVERY_STEPS = 100
 STATE_FILE = "state.safetensors"
+MODULE = "module."
 
 
 class TrainingError(SecateurError):
@@ -56,14 +57,14 @@ def train(
 ) -> dict[str, Any]:
     """Run all epochs; returns what the manifest records. `trained` holds every parameter that is to be updated.
 
-    state: a directory that holds the run's saved step, removed at the end; None trains without saving. Raises
-    TrainingError if the loss stops being finite or the state belongs to a run with another configuration.
+    state: a directory for the run's saved step, which the caller removes once the result is safe; None trains without
+    saving. Raises TrainingError if the loss stops being finite, or the state is broken or of another configuration.
     """
     named = dict(trained.named_parameters())
     optimizers = Optimizers(named.items(), config)
     fingerprint = json.dumps({"config": asdict(config), "shapes": {n: list(p.shape) for n, p in named.items()}})
-    first_epoch, first_step = _restore(state, named, optimizers, fingerprint)
-    loss_sum, loss_count = 0.0, 0
+    first_epoch, first_step = _restore(state, trained, optimizers, fingerprint)
+    loss_sum, loss_count, since_saved = 0.0, 0, 0
     epochs = max(config.epochs, math.ceil(config.min_steps / len(epoch_steps(objective, config, 0))))
     for epoch in range(first_epoch, epochs):
         steps = epoch_steps(objective, config, epoch)
@@ -79,12 +80,11 @@ def train(
             optimizers.step(share)
             loss_sum, loss_count = loss_sum + float(loss.detach()), loss_count + 1
             progress(round(share * 1000), 1000, f"{message}, epoch {epoch + 1}, loss {loss_sum / loss_count:.3f}")
-            if state is not None and (number + 1) % SAVE_EVERY_STEPS == 0:
-                _save(state, named, optimizers, fingerprint, epoch, number + 1)
+            since_saved += 1
+            if state is not None and since_saved >= SAVE_EVERY_STEPS:
+                _save(state, trained, optimizers, fingerprint, epoch, number + 1)
+                since_saved = 0
         first_step, loss_sum, loss_count = 0, loss_sum / max(loss_count, 1), 1
-    if state is not None and (state / STATE_FILE).exists():
-        (state / STATE_FILE).unlink()
-        state.rmdir()
     return {"config": asdict(config), "loss": loss_sum, "router_optimizer": config.router_optimizer}
 
 
@@ -121,11 +121,9 @@ def _step(texts: Sequence[tuple[int, tuple[int, ...]]], batch: list[int]) -> Ste
     return Step(tuple(texts[i][1] for i in batch), tuple(texts[i][0] for i in batch))
 
 
-def _save(
-    state: Path, named: dict[str, nn.Parameter], optimizers: Optimizers, fingerprint: str, epoch: int, step: int
-) -> None:
+def _save(state: Path, trained: nn.Module, optimizers: Optimizers, fingerprint: str, epoch: int, step: int) -> None:
     state.mkdir(parents=True, exist_ok=True)
-    tensors = {f"parameter.{name}": p.detach() for name, p in named.items()} | optimizers.tensors()
+    tensors = {f"{MODULE}{name}": t.detach() for name, t in trained.state_dict().items()} | optimizers.tensors()
     temporary = state / f".{STATE_FILE}.tmp"
     save_file(tensors, temporary, metadata={"fingerprint": fingerprint, "epoch": str(epoch), "step": str(step)})
     with temporary.open("rb") as stream:
@@ -133,18 +131,18 @@ def _save(
     temporary.replace(state / STATE_FILE)
 
 
-def _restore(
-    state: Path | None, named: dict[str, nn.Parameter], optimizers: Optimizers, fingerprint: str
-) -> tuple[int, int]:
+def _restore(state: Path | None, trained: nn.Module, optimizers: Optimizers, fingerprint: str) -> tuple[int, int]:
     if state is None or not (state / STATE_FILE).exists():
         return 0, 0
-    with safe_open(state / STATE_FILE, framework="pt") as handle:
-        metadata = handle.metadata()
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, a handle is no dict
+    try:
+        with safe_open(state / STATE_FILE, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, a handle is no dict
+    except SafetensorError as error:
+        raise TrainingError(f"{state} holds a broken file ({error}): remove it to start anew") from None
     if metadata.get("fingerprint") != fingerprint:
         raise TrainingError(f"{state} holds a run with another configuration: remove it to start anew")
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors.pop(f"parameter.{name}"))
+    module = {name.removeprefix(MODULE): tensors.pop(name) for name in list(tensors) if name.startswith(MODULE)}
+    trained.load_state_dict(module)
     optimizers.restore(tensors)
     return int(metadata["epoch"]), int(metadata["step"])

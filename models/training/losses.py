@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from kernels.routing import ExpertWeights, Routing
 
@@ -32,20 +33,21 @@ def balance_loss(tap: RouterTap) -> torch.Tensor:
     return torch.stack(terms).mean()
 
 
-class DomainLoss:
+class DomainLoss(nn.Module):
     """Rewards experts that serve few corpora: entropy of use within a corpus minus entropy of use over all of them.
 
     A running mean over steps stands in for corpora that a batch does not hold; gradients flow through the batch only.
     """
 
     MEMORY = 0.9
+    use_LGE: torch.Tensor
 
     def __init__(self, num_layers: int, num_corpora: int, num_experts: int) -> None:
-        self.use_LGE = torch.full((num_layers, num_corpora, num_experts), 1.0 / num_experts)
+        super().__init__()
+        self.register_buffer("use_LGE", torch.full((num_layers, num_corpora, num_experts), 1.0 / num_experts))
 
-    def __call__(self, tap: RouterTap, corpus_T: torch.Tensor) -> torch.Tensor:
+    def forward(self, tap: RouterTap, corpus_T: torch.Tensor) -> torch.Tensor:
         """tap of one step and the corpus of each of its tokens -> a scalar, lower when experts specialise."""
-        self.use_LGE = self.use_LGE.to(corpus_T.device)
         terms = []
         for layer, probability_TE in enumerate(tap.probability_TE):
             rows = []

@@ -3,6 +3,7 @@
 Legend: T packed tokens, D model width, V vocabulary.
 """
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from models.dataset import read_rows, split_rows
 from models.decoder import MoEClassifier
-from models.errors import CheckpointError
+from models.errors import CheckpointError, DataError
 from models.packed import PackedBatch
 from models.progress import Progress, silent
 from models.tokenizer import TOKENIZER_FILE, TextEncoder
@@ -45,9 +46,9 @@ class LanguageModelling(nn.Module):
         self.domain_loss = DomainLoss(shape.num_layers, len(corpora), shape.layers[0].num_experts)
 
     def trained(self) -> nn.Module:
-        """Everything that is updated: the body and the language-model head, not the unused class head."""
+        """Everything that changes: body, language-model head, running use of experts; not the unused class head."""
         body = nn.Module()
-        body.layers = self.model.layers
+        body.layers, body.domain_loss = self.model.layers, self.domain_loss
         body.embedding_VD, body.norm_D, body.head_VD = self.model.embedding_VD, self.model.norm_D, self.head_VD
         return body
 
@@ -112,7 +113,10 @@ def pretrain(
         initialize(model, config.seed)
         encoder = TextEncoder(file, model.config.max_tokens, model.config.vocab_size)
         corpora = [[ids for text in corpus if (ids := encoder.encode(text).ids)] for corpus in texts]
+        if not all(corpora):
+            raise DataError(f"{data[corpora.index([])].name}: the tokenizer finds no token in any of its texts")
         objective = LanguageModelling(model, corpora, TokenSplitter(file), config).to(training_device())
         state = out.with_name(f"{out.name}.training")
         train(objective.trained(), objective, config, state, f"pretraining {out.name}", progress)
         save_base(out, model, objective.head_VD, raw, file)
+        shutil.rmtree(state, ignore_errors=True)

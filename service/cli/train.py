@@ -66,10 +66,10 @@ def pretrain(
     Example:
       secateur pretrain --data rows.csv --size tiny --out runs/base
     """
-    from models.training.config import PRETRAIN_DEFAULTS, load_train_config
+    from models.training.config import PRETRAIN_DEFAULTS, PRETRAIN_UNREAD, load_train_config
     from models.training.pretrain import pretrain as train
 
-    settings = load_train_config(config, PRETRAIN_DEFAULTS)
+    settings = load_train_config(config, PRETRAIN_DEFAULTS, PRETRAIN_UNREAD)
     with progress_shown() as progress:
         train(data, out, settings, family, size, tokenizer, progress)
     if as_json:
@@ -94,10 +94,10 @@ def finetune(
     Example:
       secateur finetune --base runs/base --data rows.csv --out runs/full
     """
-    from models.training.config import FINETUNE_DEFAULTS, load_train_config
+    from models.training.config import FINETUNE_DEFAULTS, FINETUNE_UNREAD, load_train_config
     from models.training.finetune import finetune as train
 
-    settings = load_train_config(config, FINETUNE_DEFAULTS)
+    settings = load_train_config(config, FINETUNE_DEFAULTS, FINETUNE_UNREAD)
     with progress_shown() as progress:
         trained = train(base, data, out, settings, pooling.value, teacher, dtype.value, progress)
     _report(trained, as_json)
@@ -117,10 +117,10 @@ def recover(
     Example:
       secateur recover --base runs/pruned --teacher runs/full --data rows.csv --out runs/recovered
     """
-    from models.training.config import RECOVER_DEFAULTS, load_train_config
+    from models.training.config import FINETUNE_UNREAD, RECOVER_DEFAULTS, load_train_config
     from models.training.finetune import recover as train
 
-    settings = load_train_config(config, RECOVER_DEFAULTS)
+    settings = load_train_config(config, RECOVER_DEFAULTS, FINETUNE_UNREAD)
     with progress_shown() as progress:
         trained = train(base, data, out, settings, teacher, progress)
     _report(trained, as_json)

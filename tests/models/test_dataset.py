@@ -38,6 +38,7 @@ def test_csv_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("r.jsonl", '{"text": "a", "label": 3}\n', "label is 3, must be a non-empty string"),
         ("r.jsonl", '{"text": "a"}\n', "label is None"),
         ("r.jsonl", '{"text": "a", "label": "x", "split": "val"}\n', "split is 'val', must be one of train, dev, test"),
+        ("r.jsonl", '{"text": "a\\ud800b", "label": "x"}\n', "line 1: text holds half of a surrogate pair"),
         ("r.jsonl", "", "holds no rows"),
         ("r.csv", "text,class\na,b\n", "column 'label' is missing"),
         ("r.csv", "", "is missing from the header"),

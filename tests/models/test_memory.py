@@ -10,7 +10,7 @@ from torch import nn
 
 from models.checkpoint import load_checkpoint
 from models.decoder import layer_parameters, outer_parameters
-from models.memory import PART_OF, PARTS, num_parameters, resident_bytes, tensor_bytes, weight_bytes
+from models.memory import PART_OF, PARTS, num_parameters, resident_bytes, weight_bytes
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
@@ -72,7 +72,3 @@ def test_tied_parameters_count_once() -> None:
     model.first = nn.Parameter(torch.zeros(5, 4))
     model.second = model.first
     assert weight_bytes(model)["other"] == resident_bytes([model]) == 5 * 4 * 4
-
-
-def test_bytes_of_tensors() -> None:
-    assert tensor_bytes([torch.zeros(3), torch.zeros(2, 2, dtype=torch.bfloat16)]) == 12 + 8

@@ -20,7 +20,9 @@ from models.training import loop
 from models.training.augment import TokenSplitter, crop, drop_tokens, window
 from models.training.config import (
     FINETUNE_DEFAULTS,
+    FINETUNE_UNREAD,
     PRETRAIN_DEFAULTS,
+    PRETRAIN_UNREAD,
     RECOVER_DEFAULTS,
     TrainConfig,
     load_train_config,
@@ -141,6 +143,58 @@ def test_a_run_that_was_cut_short_resumes_to_the_same_bits(
     assert first[0] >= 500, "training began anew instead of resuming"
     assert whole.files["model.safetensors"] == resumed.files["model.safetensors"]
     assert not (tmp_path / "cut.training").exists()
+
+
+def test_pretraining_that_was_cut_short_resumes_to_the_same_bits(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The running use of experts by corpus is part of the state, and epochs may be shorter than the steps to a save."""
+    config = replace(PRETRAIN_DEFAULTS, epochs=3, min_steps=1, batch_tokens=512)
+    pretrain([rows_file, rows_file], tmp_path / "whole", config, size="tiny")
+    monkeypatch.setattr(loop, "SAVE_EVERY_STEPS", 9)
+
+    def stop(done: int, total: int, message: str) -> None:
+        if done > 900:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain([rows_file, rows_file], tmp_path / "cut", config, size="tiny", progress=stop)
+    assert (tmp_path / "cut.training" / "state.safetensors").exists()
+    (tmp_path / "cut.training" / ".state.safetensors.tmp").write_bytes(b"killed while writing")
+    first: list[int] = []
+    pretrain(
+        [rows_file, rows_file], tmp_path / "cut", config, size="tiny", progress=lambda done, *_: first.append(done)
+    )
+    assert next(done for done in first if done) > 300, "training began anew instead of resuming"
+    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    assert not (tmp_path / "cut.training").exists()
+
+
+def test_a_broken_saved_run_says_what_to_do(base: Path, rows_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(TrainingError, match=r"broken file .* remove it to start anew"):
+        finetune(base, rows_file, tmp_path / "out", QUICK)
+
+
+def test_a_dev_label_without_train_rows_is_refused_before_training(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label,split\na,x,train\nb,y,train\nc,z,dev\n")
+    with pytest.raises(DataError, match="label 'z' is unknown"):
+        finetune(base, file, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_a_stage_does_not_read_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for key, defaults, unread in (
+        ("crop", PRETRAIN_DEFAULTS, PRETRAIN_UNREAD),
+        ("domain_loss", FINETUNE_DEFAULTS, FINETUNE_UNREAD),
+    ):
+        file.write_text(f"{key}: 0.5\n")
+        with pytest.raises(ConfigError, match=f"{key} has no meaning"):
+            load_train_config(file, defaults, unread)
 
 
 def test_a_saved_run_of_another_configuration_is_refused(
