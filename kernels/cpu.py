@@ -63,7 +63,7 @@ def route(
     policy: RouterPolicy,
     variant_T: torch.Tensor | None = None,
     bias_E: torch.Tensor | None = None,
-    num_valid: int | None = None,
+    num_valid: torch.Tensor | int | None = None,
 ) -> Routing:
     """As `reference.route`, with two short cuts for the common case (softmax, one variant, nothing hidden, no padding).
 
@@ -98,11 +98,17 @@ def route(
     return reference.merge_repeats(slot_TK, weight_TK.masked_fill_(slot_TK == SKIP, 0.0))
 
 
-def moe_ffn(x_TD: torch.Tensor, routing: Routing, experts: ExpertWeights) -> torch.Tensor:
+def moe_ffn(
+    x_TD: torch.Tensor,
+    routing: Routing,
+    experts: ExpertWeights,
+    residual_TD: torch.Tensor | None = None,
+    shared_TD: torch.Tensor | None = None,
+) -> torch.Tensor:
     """As `reference.moe_ffn`, for inference: x_TD [T, D] -> [T, D]; experts without rows cost nothing.
 
     Gate and up products, the activation and the expert output are rounded to x's dtype; the weighted sum over a
-    token's choices runs in float32, in choice order, and is rounded once.
+    token's choices runs in float32, in choice order, then residual and shared expert join, and it is rounded once.
     """
     num_tokens, top_k = routing.slot_TK.shape
     num_experts = experts.w_in_PGD.shape[0]
@@ -138,6 +144,9 @@ def moe_ffn(x_TD: torch.Tensor, routing: Routing, experts: ExpertWeights) -> tor
     if experts.const_CD is not None:
         for choice in range(top_k):
             _add_constants(out_TD, routing, experts.const_CD, choice)
+    for added_TD in (residual_TD, shared_TD):
+        if added_TD is not None:
+            out_TD += added_TD
     return out_TD.to(x_TD.dtype)
 
 
@@ -160,12 +169,30 @@ def _blocks(count_P: list[int], limit: int) -> list[tuple[int, int, int]]:
 
 def _run_block(x_RD: torch.Tensor, experts: ExpertWeights, first: int, end: int) -> torch.Tensor:
     """The experts [first, end) on their equal shares of the rows: [R, D] -> [R, D]."""
-    if end - first == 1:
-        gate_RF, up_RF = linear(x_RD, experts.w_in_PGD[first]).chunk(2, dim=-1)
-        return linear(F.silu(gate_RF).mul_(up_RF), experts.w_out_PDF[first])
-    x_PRD = x_RD.view(end - first, -1, x_RD.shape[1])
-    gate_PRF, up_PRF = torch.bmm(x_PRD, experts.w_in_PGD[first:end].transpose(1, 2)).chunk(2, dim=-1)
-    return torch.bmm(F.silu(gate_PRF).mul_(up_PRF), experts.w_out_PDF[first:end].transpose(1, 2)).flatten(0, 1)
+    e, count = experts, end - first
+    if count == 1:
+        b_in_G = None if e.b_in_PG is None else e.b_in_PG[first]
+        b_out_D = None if e.b_out_PD is None else e.b_out_PD[first]
+        return linear(_activated(linear(x_RD, e.w_in_PGD[first], b_in_G), e), e.w_out_PDF[first], b_out_D)
+    b_in_PG = None if e.b_in_PG is None else e.b_in_PG[first:end]
+    b_out_PD = None if e.b_out_PD is None else e.b_out_PD[first:end]
+    h_PRF = _activated(_batched(x_RD.view(count, -1, x_RD.shape[1]), e.w_in_PGD[first:end], b_in_PG), e)
+    return _batched(h_PRF, e.w_out_PDF[first:end], b_out_PD).flatten(0, 1)
+
+
+def _batched(x_PRD: torch.Tensor, w_PND: torch.Tensor, bias_PN: torch.Tensor | None) -> torch.Tensor:
+    """One product per expert: [P, R, D] -> [P, R, N]."""
+    if bias_PN is None:
+        return torch.bmm(x_PRD, w_PND.transpose(1, 2))
+    return torch.baddbmm(bias_PN.unsqueeze(1), x_PRD, w_PND.transpose(1, 2))
+
+
+def _activated(inner: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
+    """From the first product to the input of the second: [..., G] -> [..., F]."""
+    if not experts.gated:
+        return reference.activate(inner, experts.activation)
+    gate, up = inner.chunk(2, dim=-1)
+    return reference.activate(gate, experts.activation).mul_(up)
 
 
 def _combine(y_RD: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
