@@ -1,10 +1,19 @@
-"""Shared by all tests: explicit seeds, and memory that is poisoned until somebody writes it."""
+"""Shared by all tests: explicit seeds, memory that is poisoned until somebody writes it, Triton's interpreter.
 
+Triton decides at the definition of a kernel whether to interpret it, so the choice is made here, before any test module
+is imported: on a machine without a CUDA device, kernels run in the interpreter.
+"""
+
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where this is unset, and warnings are errors
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,12 @@
 Legend: T tokens, K chosen experts per token, E router rows, V variants.
 """
 
+import inspect
 import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +33,6 @@ R1 = RouterPolicy(top_k=2)
 R2 = RouterPolicy(top_k=2, normalize=True)
 R3 = RouterPolicy(top_k=2, score="sigmoid")
 R3_NORM = RouterPolicy(top_k=2, score="sigmoid", normalize=True)
-
-
-@pytest.fixture(params=sorted(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return BACKENDS[request.param]
 
 
 def route_one(backend: Backend, logits: tuple[float, ...], table: tuple[int, ...], policy: RouterPolicy) -> Routing:
@@ -179,10 +179,14 @@ def test_degenerate_rows(
     assert [weight for _, weight in got] == pytest.approx([weight for _, weight in expected], abs=1e-6)
 
 
-def test_padding_tokens_get_no_expert(backend: Backend) -> None:
-    routing = backend.route(torch.zeros(3, 4), torch.arange(4, dtype=torch.int32)[None], R2, num_valid=2)
-    assert routing.slot_TK.tolist() == [[0, 1], [0, 1], [-1, -1]]
-    assert routing.weight_TK.tolist() == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]
+@pytest.mark.parametrize("as_tensor", [int, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int32)])
+def test_padding_tokens_get_no_expert(backend: Backend, as_tensor: Callable[[int], torch.Tensor | int]) -> None:
+    logits_TE, table_VE = torch.zeros(3, 4), torch.arange(4, dtype=torch.int32)[None]
+    logits_TE[2] = NAN
+    for num_valid in (0, 2, 3, 4):
+        routing = backend.route(logits_TE, table_VE, R2, num_valid=as_tensor(num_valid))
+        assert routing.slot_TK.tolist() == ([[0, 1]] * num_valid + [[-1, -1]] * 3)[:3]
+        assert routing.weight_TK.tolist() == ([[0.5, 0.5]] * num_valid + [[0.0, 0.0]] * 3)[:3]
 
 
 def test_each_token_reads_its_variant_of_the_table(backend: Backend) -> None:
@@ -197,6 +201,90 @@ def test_a_choice_bias_moves_the_choice_but_not_the_weight(backend: Backend) -> 
     routing = backend.route(torch.tensor([logit(S_E)]), table_VE, R3, bias_E=bias_E)
     assert routing.slot_TK.tolist() == [[3, 0]]
     assert routing.weight_TK[0].tolist() == pytest.approx([0.2, 0.8], abs=1e-6)
+
+
+def assert_equals_twin(backend: Backend, *problem: Any, **options: Any) -> Routing:
+    """Ids exactly, weights within a few roundings."""
+    ours, twin = backend.route(*problem, **options), reference.route(*problem, **options)
+    assert ours.slot_TK.dtype == twin.slot_TK.dtype == torch.int32
+    assert ours.weight_TK.dtype == twin.weight_TK.dtype == torch.float32
+    assert torch.equal(ours.slot_TK, twin.slot_TK)
+    torch.testing.assert_close(ours.weight_TK, twin.weight_TK, rtol=0, atol=2e-6)
+    return ours
+
+
+def pruned_table(num_rows: int, num_variants: int = 1) -> torch.Tensor:
+    """A third of the rows pruned, the others in any order."""
+    table_VE = torch.stack([torch.randperm(num_rows) for _ in range(num_variants)]).to(torch.int32)
+    table_VE[:, 1::3] = SKIP
+    return table_VE
+
+
+POLICIES = {
+    "softmax": RouterPolicy(6, survivors="old_sum"),
+    "renormalised": RouterPolicy(6, normalize=True, scale=2.5),
+    "hidden": RouterPolicy(6, normalize=True, slice=True),
+    "sigmoid": RouterPolicy(6, score="sigmoid", normalize=True, survivors="one"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 37, 60, 64, 100, 4096])
+def test_any_number_of_rows(backend: Backend, num_rows: int, policy: RouterPolicy) -> None:
+    """Powers of two or not; logits in steps of .25, so that ties are common."""
+    logits_TE = (torch.randn(11, num_rows) * 4).round() / 4
+    assert_equals_twin(backend, logits_TE, pruned_table(num_rows), replace(policy, top_k=min(6, num_rows)))
+
+
+@pytest.mark.parametrize("num_rows", [5, 8, 64])
+def test_as_many_choices_as_rows(backend: Backend, num_rows: int) -> None:
+    logits_TE = torch.randn(9, num_rows)
+    table_VE = torch.arange(num_rows, dtype=torch.int32)[None]
+    routing = assert_equals_twin(backend, logits_TE, table_VE, RouterPolicy(num_rows))
+    assert torch.equal(routing.slot_TK.long(), logits_TE.argsort(descending=True))
+    torch.testing.assert_close(routing.weight_TK.sum(-1), torch.ones(9))
+
+
+@pytest.mark.parametrize(("survivors", "dead"), [(5, 0), (4, 0), (3, 1), (1, 3), (0, 4)])
+def test_as_many_choices_as_visible_rows_and_more(backend: Backend, survivors: int, dead: int) -> None:
+    table_E = torch.full((9,), SKIP, dtype=torch.int32)
+    table_E[torch.randperm(9)[:survivors]] = torch.arange(survivors, dtype=torch.int32)
+    routing = assert_equals_twin(backend, torch.randn(6, 9), table_E[None], RouterPolicy(4, normalize=True, slice=True))
+    assert ((routing.slot_TK == SKIP).sum(-1) == dead).all()
+
+
+def test_more_tokens_than_one_program_takes(backend: Backend) -> None:
+    for num_tokens, num_rows in ((41, 64), (1100, 2), (5, 300)):
+        logits_TE, variant_T = torch.randn(num_tokens, num_rows), torch.randint(0, 3, (num_tokens,))
+        policy = RouterPolicy(2, slice=True)
+        assert_equals_twin(backend, logits_TE, pruned_table(num_rows, 3), policy, variant_T, num_valid=num_tokens - 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_logits_of_any_dtype_are_read_as_float32(backend: Backend, dtype: torch.dtype) -> None:
+    logits_TE, table_VE = (3 * torch.randn(7, 20)).to(dtype), pruned_table(20)
+    logits_TE[1, 3], logits_TE[2, 4], logits_TE[3] = NAN, INF, -INF
+    policy = RouterPolicy(4, normalize=True)
+    routing = assert_equals_twin(backend, logits_TE, table_VE, policy)
+    assert torch.equal(routing.slot_TK, backend.route(logits_TE.float(), table_VE, policy).slot_TK)
+
+
+def test_rows_with_gaps_and_other_integers(backend: Backend) -> None:
+    """Logits and tables cut out of wider ones, or transposed; int64 tables; variants of either width."""
+    wide = torch.randn(20, 50)
+    table_VE = pruned_table(50, 20).long()
+    variant_T = torch.randint(0, 20, (20,), dtype=torch.int32)
+    for logits_TE, table in ((wide[:, 3:40], table_VE[:, :37]), (wide.t()[:, :20], table_VE.t()[:20, :20])):
+        policy = RouterPolicy(3, normalize=True, slice=True)
+        variant = variant_T[torch.arange(len(logits_TE)) % 20]
+        assert_equals_twin(backend, logits_TE, table, policy, variant)
+
+
+def test_two_runs_give_the_same_bits(backend: Backend) -> None:
+    problem = (torch.randn(30, 37), pruned_table(37), RouterPolicy(6, survivors="old_sum"))
+    first, second = backend.route(*problem), backend.route(*problem)
+    assert torch.equal(first.slot_TK, second.slot_TK)
+    assert torch.equal(first.weight_TK, second.weight_TK)
 
 
 def test_no_tokens(backend: Backend) -> None:
@@ -252,12 +340,17 @@ def routing_problems(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=300, deadline=None)
 @given(problem=routing_problems())
-def test_the_fast_path_equals_its_twin(problem: dict[str, Any]) -> None:
-    ours, twin = cpu.route(**problem), reference.route(**problem)
-    assert ours.slot_TK.dtype == twin.slot_TK.dtype == torch.int32
-    assert ours.weight_TK.dtype == twin.weight_TK.dtype == torch.float32
-    assert torch.equal(ours.slot_TK, twin.slot_TK)
-    torch.testing.assert_close(ours.weight_TK, twin.weight_TK, rtol=0, atol=2e-6)
+def test_the_cpu_path_equals_its_twin(problem: dict[str, Any]) -> None:
+    assert_equals_twin(BACKENDS["cpu"](), **problem)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=routing_problems())
+def test_the_kernel_equals_its_twin(problem: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in problem.items()}
+    assert_equals_twin(BACKENDS["triton"](), **moved)
 
 
 @settings(max_examples=200, deadline=None)
@@ -296,3 +389,47 @@ def test_weights_are_differentiable_in_the_reference() -> None:
     by_hand = torch.softmax(logits_TE.gather(1, chosen_TK), dim=-1)[:, 0].sum()
     (expected,) = torch.autograd.grad(by_hand, logits_TE)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+KERNELS = {
+    "route": ["route_kernel", "remap_kernel"],
+    "sort": ["sort_all_kernel", "count_blocks_kernel", "scan_blocks_kernel", "sort_blocks_kernel"],
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in KERNELS.items() for name in names])
+def test_sizes_are_not_compiled_in(module: str, name: str) -> None:
+    """Else layers with 1, 16 and 37 experts would be three compilations while serving.
+
+    What is neither a constant nor a tensor, whose name ends in its shape, is a size.
+    """
+    kernel = getattr(pytest.importorskip(f"kernels.{module}"), name)
+    parameters = inspect.signature(kernel.fn).parameters
+    sizes = {name for name, p in parameters.items() if p.annotation is p.empty and not re.search("_[A-Z0-9]+$", name)}
+    if hasattr(kernel, "params"):
+        run_time = {p.name for p in kernel.params if p.do_not_specialize}
+    else:  # the interpreter's stand-in keeps the decorator's arguments
+        run_time = set(kernel.kwargs["do_not_specialize"])
+    assert sizes
+    assert sizes == run_time
+
+
+FAR_APART = """
+import torch
+from kernels.route import route
+from kernels.routing import RouterPolicy
+
+stride = 2**30 + 64
+device = "cuda" if torch.cuda.is_available() else "cpu"
+logits_TE = torch.empty(4 * stride, dtype=torch.float16, device=device).as_strided((4, 8), (stride, 1))
+logits_TE.copy_(torch.eye(8)[[5, 2, 7, 3]])
+routing = route(logits_TE, torch.arange(8, dtype=torch.int32, device=device)[None], RouterPolicy(1))
+assert routing.slot_TK.flatten().tolist() == [5, 2, 7, 3]
+"""
+
+
+def test_rows_further_apart_than_int32_counts() -> None:
+    """Eight gigabytes, of which four rows are touched. In a process of its own: a wrapped address is a crash."""
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, "-c", FAR_APART], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
