@@ -7,11 +7,12 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constra
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev serve test test-containers check format bench demo clean
+.PHONY: help install install-dev serve test test-gpu test-containers check format bench demo clean
 
 help:
 	@echo "make serve   install, prune and serve the demo, print a curl line that works"
 	@echo "make test    install the dev extra, run the tests"
+	@echo "make test-gpu  the kernels' tests, on the GPU there is: bfloat16, CUDA graphs"
 	@echo "make test-containers   build the image and bring compose up, where Docker runs"
 	@echo "make check   ruff format --check, ruff check, mypy --strict"
 	@echo "make format  let ruff rewrite the sources"
@@ -47,6 +48,11 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
+# Installs nothing, since a GPU machine has its own build of torch: with Python there, `make test-gpu BIN=/usr/bin`.
+test-gpu:
+	@$(BIN)/python -c 'import torch, triton; assert torch.cuda.is_available(), "torch sees no CUDA device"'
+	$(BIN)/python -m pytest tests/kernels $(ARGS)
+
 # CONTAINER_RUN may name a program that brings an engine up for the command it is given; empty, Docker is there already.
 test-containers:
 	$(CONTAINER_RUN) bash docker/check.sh
@@ -64,6 +70,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.baselines
 	$(BIN)/python -m benchmarks.forward $(ARGS)
 	$(BIN)/python -m benchmarks.overload demo/secateur.yaml
+	$(BIN)/python -m benchmarks.kernels --quick
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
