@@ -133,13 +133,12 @@ def golden_answers(model: MoEClassifier, encoder: TextEncoder) -> tuple[Golden, 
     return tuple(Golden(text=text, logits=tuple(logits.tolist())) for text, logits in answers)
 
 
-def load_checkpoint(
-    path: Path | str, device: str = "cpu", dtype: str = "auto", backend: str | None = None
-) -> Checkpoint:
+def load_checkpoint(path: Path | str, device: str = "cpu", dtype: str = "auto", backend: str = "auto") -> Checkpoint:
     """Read a checkpoint directory: a Hugging Face classifier of a known family, with or without our manifest.
 
-    dtype: auto, float32, float16 or bfloat16. Raises CheckpointError if anything is missing, malformed or contradicts
-    the manifest (file hashes, layers, counts, sizes).
+    dtype: auto, float32, float16 or bfloat16. backend: auto or one of `kernels.moe.BACKENDS`. Raises CheckpointError if
+    anything is missing, malformed or contradicts the manifest (file hashes, layers, counts, sizes), ValueError if the
+    backend cannot run on the device.
     """
     path = Path(path)
     if not path.is_dir():
@@ -154,7 +153,8 @@ def load_checkpoint(
     if manifest is not None and manifest.family != config.family:
         raise CheckpointError(f"{MANIFEST_FILE}: family is {manifest.family!r}, config.json says {config.family!r}")
     encoder = TextEncoder(path / TOKENIZER_FILE, config.max_tokens, config.vocab_size)
-    model = MoEClassifier(config, choose_dtype(dtype, stored_dtype(weights), device), device, backend)
+    chosen_backend = None if backend == "auto" else backend
+    model = MoEClassifier(config, choose_dtype(dtype, stored_dtype(weights), device), device, chosen_backend)
     load_weights(model, weights)
     model.requires_grad_(False).eval()
     if manifest is not None:

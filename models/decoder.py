@@ -75,6 +75,7 @@ class DecoderLayer(nn.Module):
         self.index = index
         self.shape: LayerShape = config.layers[index]
         self.policy = RouterPolicy(top_k=config.top_k, normalize=config.normalize_top_k)
+        self.kept_share = sum(slot >= 0 for slot in self.shape.route_E) / max(self.shape.num_rows, 1)
         for name, size in layer_parameters(config, index).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
         table_VE = torch.tensor([self.shape.route_E], dtype=torch.int32, device=device)
@@ -95,8 +96,10 @@ class DecoderLayer(nn.Module):
         residual = x_TD.index_select(0, batch.last_B) if last_only else x_TD
         mixed = self._attention(normed_TD, batch, rope, backend, last_only)
         x = residual + (mixed if noise is None else noise.branch(mixed))
-        out = self._ffn(self._norm(x, self.ffn_norm_D), backend, tap)
-        return x + (out if noise is None else noise.branch(out))
+        normed = self._norm(x, self.ffn_norm_D)
+        if noise is None:
+            return self._ffn(normed, backend, tap, x)
+        return x + noise.branch(self._ffn(normed, backend, tap))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (weight.shape[0],), weight, self.config.norm_eps)
@@ -131,23 +134,31 @@ class DecoderLayer(nn.Module):
         mixed = (attend_pooled if last_only else attend)(q, k, v, batch)
         return linear(mixed.flatten(1), self.w_o)
 
-    def _ffn(self, x_TD: torch.Tensor, backend: Backend, tap: Tap | None) -> torch.Tensor:
+    def _ffn(
+        self, x_TD: torch.Tensor, backend: Backend, tap: Tap | None, residual_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The feed-forward branch, added to the residual if there is one: [T, D] -> [T, D]."""
         if not self.shape.num_experts:
-            return gated_ffn(x_TD, self.w_dense_in, self.w_dense_out, backend)
+            out_TD = gated_ffn(x_TD, self.w_dense_in, self.w_dense_out, backend)
+            return out_TD if residual_TD is None else residual_TD + out_TD
         logits_TE = backend.linear(x_TD, self.w_router_ED)
         routing = backend.route(logits_TE, self.table_VE, self.policy)
         experts = self.experts
-        out_TD = backend.moe_ffn(x_TD, routing, experts)
         if tap is not None:
             tap(self.index, x_TD, logits_TE, routing, experts)
-        if self.config.shared_width:
-            shared_TD = gated_ffn(x_TD, self.w_shared_in, self.w_shared_out, backend)
-            out_TD = out_TD + torch.sigmoid(backend.linear(x_TD, self.w_shared_gate)) * shared_TD
-        return out_TD
+        return backend.moe_ffn(x_TD, routing, experts, residual_TD, self._shared(x_TD, backend))
+
+    def _shared(self, x_TD: torch.Tensor, backend: Backend) -> torch.Tensor | None:
+        """The gated output of the expert that every token takes, where the family has one."""
+        if not self.config.shared_width:
+            return None
+        shared_TD = gated_ffn(x_TD, self.w_shared_in, self.w_shared_out, backend)
+        return torch.sigmoid(backend.linear(x_TD, self.w_shared_gate)) * shared_TD
 
     @property
     def experts(self) -> ExpertWeights:
-        return ExpertWeights(self.w_in_PGD, self.w_out_PDF, self.const_CD if self.shape.num_constants else None)
+        const_CD = self.const_CD if self.shape.num_constants else None
+        return ExpertWeights(self.w_in_PGD, self.w_out_PDF, const_CD, kept_share=self.kept_share)
 
 
 class MoEClassifier(nn.Module):
@@ -191,7 +202,7 @@ class MoEClassifier(nn.Module):
         With `last_only`, the last layer computes queries and experts for one token per sequence. While gradients are
         on, the differentiable reference runs whatever the backend is.
         """
-        backend = BACKENDS["reference"] if torch.is_grad_enabled() else self.backend
+        backend = BACKENDS["reference"]() if torch.is_grad_enabled() else self.backend
         cos_T1h, sin_T1h = self.rope[:, batch.position_T].unsqueeze(2)
         x = F.embedding(batch.ids_T, self.embedding_VD)
         if noise is not None:

@@ -12,7 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 import service as package
+from kernels.moe import select_backend
 from models.checkpoint import load_checkpoint
+from models.errors import ConfigError
 from service.deployments import Deployment, Loader, Registry
 from service.engine import Engine
 from service.errors import ApiError
@@ -27,7 +29,12 @@ WATCHDOG_SECONDS = 1.0
 
 
 def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
-    """Build the application. Models load in the background once it starts, so probes answer at once."""
+    """Build the application. Models load in the background once it starts, so probes answer at once.
+
+    Raises ConfigError if models.backend cannot run on the device.
+    """
+    device = _device(settings.models.device)
+    _check_backend(device, settings.models.backend)
     metrics = Metrics(task.slo_ms / 1000 for task in settings.tasks.values() if task.slo_ms is not None)
     registry = Registry(settings)
 
@@ -43,7 +50,7 @@ def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
         engine = Engine(settings.limits, settings.engine, metrics)
         app.state.runtime = Runtime(settings, metrics, registry, engine)
         engine.start()
-        arguments = (load, _device(settings.models.device), settings.models.dtype, on_loaded)
+        arguments = (load, device, settings.models.dtype, settings.models.backend, on_loaded)
         threading.Thread(target=registry.load_all, args=arguments, name="secateur-loader", daemon=True).start()
         watchdog = asyncio.create_task(_watch(engine))
         yield
@@ -86,3 +93,13 @@ def _device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _check_backend(device: str, name: str) -> None:
+    """A backend that was asked for and cannot run stops the start, instead of failing every deployment in turn."""
+    if name == "auto":
+        return
+    try:
+        select_backend(torch.device(device), name)
+    except ValueError as error:
+        raise ConfigError(f"models.backend: {error}") from None

@@ -10,11 +10,12 @@ from typing import Literal
 
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
+from models.warmup import warm_up
 from service.prediction import DEFAULT_ACTIVATION, Activation
 from service.sections import TaskSettings
 from service.settings import Settings
 
-Loader = Callable[[Path, str, str], Checkpoint]
+Loader = Callable[[Path, str, str, str], Checkpoint]
 Readiness = Literal["starting", "ready", "degraded", "failed"]
 log = logging.getLogger("secateur.deployments")
 
@@ -99,6 +100,7 @@ class Registry:
     def __init__(self, settings: Settings) -> None:
         self.tasks = {name: Task(name, task) for name, task in settings.tasks.items()}
         self.deployments: dict[str, Deployment] = {}
+        self._max_batch_items = settings.engine.max_batch_items
         for task in self.tasks.values():
             for name in task.settings.deployments:
                 chosen = settings.deployments[name]
@@ -107,11 +109,13 @@ class Registry:
                 task.deployments[name] = Deployment(name, task.name, chosen.role, path, tokens)
             self.deployments |= task.deployments
 
-    def load_all(self, load: Loader, device: str, dtype: str, on_loaded: Callable[[Deployment], None]) -> None:
+    def load_all(
+        self, load: Loader, device: str, dtype: str, backend: str, on_loaded: Callable[[Deployment], None]
+    ) -> None:
         """Load and test every deployment, required ones first, and report each. A failure concerns only its own."""
         names = [name for task in self.tasks.values() for name in task.settings.required_names]
         for name in dict.fromkeys([*names, *self.deployments]):
-            self._load(self.deployments[name], load, device, dtype)
+            self._load(self.deployments[name], lambda path: load(path, device, dtype, backend))
             on_loaded(self.deployments[name])
 
     def readiness(self) -> Readiness:
@@ -128,12 +132,13 @@ class Registry:
             return "degraded"
         return "ready"
 
-    def _load(self, deployment: Deployment, load: Loader, device: str, dtype: str) -> None:
+    def _load(self, deployment: Deployment, load: Callable[[Path], Checkpoint]) -> None:
         started = time.monotonic()
         try:
-            deployment.loaded = load(deployment.path, device, dtype)
+            deployment.loaded = load(deployment.path)
             deployment.state = State.TESTING
             self._check(deployment, deployment.loaded)
+            warm_up(deployment.loaded.model, deployment.max_batch_tokens, self._max_batch_items)
         except Exception as error:
             deployment.loaded = None
             deployment.error_code = _code(error, deployment.state)

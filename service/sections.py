@@ -80,6 +80,7 @@ class Models(Section):
     root: str = "models"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
 
 
 class DeploymentSettings(Section):

@@ -1,6 +1,9 @@
 """The packed forward pass: what a batch may not change, what the shortcuts keep, what is counted."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +11,24 @@ import torch
 from kernels.routing import ExpertWeights, Routing
 from models.checkpoint import load_checkpoint
 from models.config import LayerShape, ModelConfig
-from models.decoder import MoEClassifier, SlotTally, pool
+from models.decoder import DecoderLayer, MoEClassifier, SlotTally, pool
 from models.packed import PackedBatch
 
 
 @pytest.fixture
 def model(pristine: Path) -> MoEClassifier:
     return load_checkpoint(pristine).model
+
+
+@pytest.fixture(params=["qwen3_moe", "qwen2_moe"])
+def any_family(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    make_oracle: Callable[..., Any],
+    write_oracle: Callable[..., Path],
+) -> Path:
+    """A dense layer between two of experts; the second family has a shared expert in each."""
+    return write_oracle(make_oracle(request.param, num_hidden_layers=3, mlp_only_layers=[1]), tmp_path / "model")
 
 
 def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -94,6 +108,83 @@ def test_a_tap_sees_every_moe_layer_and_changes_nothing(model: MoEClassifier, se
     assert torch.equal(without, tapped)
     tokens = batch.num_tokens
     assert tap.seen == [(i, (tokens, 16), (tokens, 4), (tokens, 2), 4) for i in range(2)]
+
+
+class Silent:
+    """Noise that changes nothing: training's way through a layer without its randomness."""
+
+    def embedding(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD
+
+    def branch(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD
+
+
+class Mute(Silent):
+    """Noise that silences every branch: what is left is the residual stream."""
+
+    def branch(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x_TD)
+
+
+def test_noise_touches_branches_and_not_the_residual(any_family: Path, sequences: list[list[int]]) -> None:
+    model, batch = load_checkpoint(any_family).model, PackedBatch.pack(sequences)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert close(model.hidden(batch, noise=Silent()), model.hidden(batch))
+            embedded_TD = torch.nn.functional.embedding(batch.ids_T, model.embedding_VD)
+            expected_TD = torch.nn.functional.rms_norm(embedded_TD, (16,), model.norm_D, model.config.norm_eps)
+            assert torch.equal(model.hidden(batch, noise=Mute()), expected_TD)
+
+
+def test_what_joins_the_experts_is_added_by_the_backend(any_family: Path, sequences: list[list[int]]) -> None:
+    """Residual and shared expert go in, so that they are rounded once with the sum; noise needs the branch alone."""
+    model = load_checkpoint(any_family).model
+    plain, added = model.backend, []
+
+    def moe_ffn(
+        x_TD: torch.Tensor,
+        routing: Routing,
+        experts: ExpertWeights,
+        residual_TD: torch.Tensor | None,
+        shared_TD: torch.Tensor | None,
+    ) -> torch.Tensor:
+        added.append((residual_TD is not None, shared_TD is not None))
+        return plain.moe_ffn(x_TD, routing, experts, residual_TD, shared_TD)
+
+    model.backend = replace(plain, moe_ffn=moe_ffn)
+    has_shared = model.config.shared_width > 0
+    with torch.inference_mode():
+        model.hidden(PackedBatch.pack(sequences))
+        model.hidden(PackedBatch.pack(sequences), noise=Silent())
+    assert added == [(True, has_shared)] * 2 + [(False, has_shared)] * 2
+
+
+def test_triton_gives_what_the_reference_gives(any_family: Path) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    short = [[3, 9, 27, 1], [5], [8, 41]]
+    logits_BC = load_checkpoint(any_family, device, "float32", "triton").model.classify(short).logits_BC
+    assert close(logits_BC, load_checkpoint(any_family, "cpu", "float32", "reference").model.classify(short).logits_BC)
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [
+        (LayerShape.unpruned(4), 1.0),
+        (LayerShape(2, (0, -1, 1, -1)), 0.5),
+        (LayerShape(2, (0, 0, 1, 1)), 1.0),
+        (LayerShape(1, (0, -2, -3, -4)), 0.25),
+    ],
+    ids=["whole or slice", "zero", "tie", "constant"],
+)
+def test_the_expected_share_of_live_pairs_follows_from_the_route(
+    model: MoEClassifier, shape: LayerShape, share: float
+) -> None:
+    config = replace(model.config, layers=(shape, LayerShape.unpruned(4)))
+    layer = MoEClassifier(config).layers[0]
+    assert isinstance(layer, DecoderLayer)
+    assert layer.experts.kept_share == share
 
 
 def test_routed_slots_are_counted_as_computed(model: MoEClassifier) -> None:

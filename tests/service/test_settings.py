@@ -105,6 +105,7 @@ def test_bad_variable(config: Path, monkeypatch: pytest.MonkeyPatch, variable: s
         ({"server.port": 65536}, "server.port"),
         ({"models.dtype": "int8"}, "models.dtype"),
         ({"models.device": "tpu"}, "models.device"),
+        ({"models.backend": "fast"}, "models.backend: Input should be 'auto', 'reference', 'cpu' or 'triton'"),
         ({"logging.level": "loud"}, "logging.level"),
         ({"server.host": "0.0.0.0"}, "not a loopback address: set auth.mode explicitly"),
         ({"limits.max_inputs": 17}, "max_inputs exceeds limits.max_queue_items"),

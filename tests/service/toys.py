@@ -51,7 +51,7 @@ class ToyModel(MoEClassifier):
         nn.Module.__init__(self)
         shape = LayerShape(kept, tuple(range(kept)))
         self.config = toy_config(num_labels, (shape, shape))
-        self.backend = BACKENDS["reference"]
+        self.backend = BACKENDS["reference"]()
         self.embedding_VD = nn.Parameter(torch.zeros(4, 8), requires_grad=False)
         self.w_in_PGD = nn.Parameter(torch.zeros(kept, 4, 2), requires_grad=False)
         self.gate = threading.Event()
@@ -144,7 +144,7 @@ class ToyLoader:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, path: Path, device: str, dtype: str) -> Checkpoint:
+    def __call__(self, path: Path, device: str, dtype: str, backend: str) -> Checkpoint:
         assert self.gate.wait(30), "the test never opened the gate"
         if path.name in self.broken:
             raise self.broken[path.name]
