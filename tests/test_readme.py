@@ -72,6 +72,14 @@ def test_every_command_of_the_readme_runs_in_order(folder: Path) -> None:
     assert json.loads(answers[-1])["data"][0]["label"] == "tool"
 
 
+def test_every_snippet_of_the_readme_runs() -> None:
+    assert blocks("python")
+    for block in blocks("python"):
+        command = [sys.executable, "-W", "error", "-c", block]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
 def run(block: str, folder: Path) -> str:
     """Standard output of a block as bash runs it, stopping at the first command that fails."""
     if shutil.which("curl") is None and "curl " in block:
