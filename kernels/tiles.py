@@ -48,7 +48,7 @@ class GroupedTiles:
 
 @dataclass(frozen=True)
 class Band:
-    """The tiles for fewer than `below` pairs per expert, and where that comes from."""
+    """The tiles for fewer than `below` live pairs per expert, and where that comes from."""
 
     below: float
     tiles: GroupedTiles
@@ -83,7 +83,9 @@ AMPERE_16 = (
 )
 HOPPER_16 = (
     Band(12, GroupedTiles(Tile(16, 64, 128, 4, 3, swap=True), Tile(16, 128, 128, 4, 4, swap=True)), COMPILED),
+    Band(12, GroupedTiles(Tile(16, 64, 64, 4, 4, swap=True), Tile(16, 128, 64, 4, 4, swap=True)), COMPILED),
     Band(24, GroupedTiles(Tile(32, 64, 128, 4, 4, swap=True), Tile(32, 128, 128, 4, 4, swap=True)), COMPILED),
+    Band(24, GroupedTiles(Tile(32, 64, 64, 4, 4, swap=True), Tile(32, 128, 64, 4, 4, swap=True)), COMPILED),
     Band(80, GroupedTiles(Tile(64, 64, 64, 4, 4, swap=True), Tile(64, 128, 64, 4, 4)), COMPILED),
     Band(160, GroupedTiles(Tile(64, 128, 64, 8, 4), Tile(64, 256, 64, 8, 4), group=4), COMPILED),
     Band(inf, GroupedTiles(Tile(128, 128, 64, 8, 4, tma=True), Tile(128, 256, 64, 8, 4, tma=True), group=8), COMPILED),
@@ -93,11 +95,26 @@ ANY_32 = (
     Band(24, GroupedTiles(Tile(16, 32, 32, 4, 3), Tile(16, 32, 32, 4, 3)), COMPILED),
     Band(inf, GroupedTiles(Tile(32, 64, 32, 8, 3), Tile(32, 64, 32, 8, 3), group=4), COMPILED),
 )
-# Bands by architecture and bytes per value, lowest edge first.
+# Bands by architecture and bytes per value, lowest edge first; of two with the same edge, the first whose depth divides.
 TABLES: dict[str, dict[int, tuple[Band, ...]]] = {
     "ampere": {2: AMPERE_16, 4: ANY_32},
     "hopper": {2: HOPPER_16, 4: ANY_32},
     "blackwell": {2: HOPPER_16, 4: ANY_32},
+}
+# Widths that no tile above divides: every load is masked and, where rows start at odd places, reads single values.
+# There the tiles above spill up to 1,096 bytes of registers; these do not.
+RAGGED_AMPERE_16 = (
+    Band(24, GroupedTiles(Tile(16, 64, 32, 4, 2), Tile(16, 64, 32, 4, 2)), COMPILED),
+    Band(inf, GroupedTiles(Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), group=4), COMPILED),
+)
+RAGGED_HOPPER_16 = (
+    Band(24, GroupedTiles(Tile(16, 64, 32, 4, 2, swap=True), Tile(16, 64, 32, 4, 2, swap=True)), COMPILED),
+    Band(inf, GroupedTiles(Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), group=4), COMPILED),
+)
+RAGGED_TABLES: dict[str, dict[int, tuple[Band, ...]]] = {
+    "ampere": {2: RAGGED_AMPERE_16, 4: ANY_32},
+    "hopper": {2: RAGGED_HOPPER_16, 4: ANY_32},
+    "blackwell": {2: RAGGED_HOPPER_16, 4: ANY_32},
 }
 # `down` gives a program some columns of one token and all its experts: narrow tiles let a single token fill the card.
 PAIR_TILES = {"gate_up": PairTile(8, 512, 4), "down": PairTile(8, 512, 4)}
@@ -134,7 +151,8 @@ def choose(layer: Layer, device: Device, batch_invariant: bool = False) -> Group
     what else is in the batch.
     """
     bands = TABLES[device.architecture][layer.itemsize]
-    usable = [band for band in bands if _fits(band.tiles, layer, device)]
+    ragged = RAGGED_TABLES[device.architecture][layer.itemsize]
+    usable = [band for band in bands if _divides(band.tiles, layer) and _fits(band.tiles, layer, device)] or ragged
     if batch_invariant:
         return usable[0].tiles
     if layer.num_tokens == 1 or PAIRS_PER_EXPERT * layer.num_tokens * layer.top_k <= layer.num_experts:
@@ -148,10 +166,16 @@ def choose(layer: Layer, device: Device, batch_invariant: bool = False) -> Group
 
 def variants(architecture: str, itemsize: int) -> Iterator[GroupedTiles]:
     """Every pair of tiles that `choose` can return for an architecture, so that all of them can be compiled ahead."""
-    for band in TABLES[architecture][itemsize]:
-        for gate_up in _narrowings(band.tiles.gate_up):
-            for down in _narrowings(band.tiles.down):
-                yield GroupedTiles(gate_up, down, band.tiles.group)
+    for tables in (TABLES, RAGGED_TABLES):
+        for band in tables[architecture][itemsize]:
+            yield from band_variants(band)
+
+
+def band_variants(band: Band) -> Iterator[GroupedTiles]:
+    """The band's own tiles first, then what they are narrowed to for small products."""
+    for gate_up in _narrowings(band.tiles.gate_up):
+        for down in _narrowings(band.tiles.down):
+            yield GroupedTiles(gate_up, down, band.tiles.group)
 
 
 def _narrowings(tile: Tile) -> Iterator[Tile]:
@@ -170,11 +194,14 @@ def _fill(tile: Tile, columns: int, layer: Layer, device: Device) -> Tile:
     return narrowing
 
 
+def _divides(tiles: GroupedTiles, layer: Layer) -> bool:
+    return layer.width % tiles.gate_up.depth == 0 and layer.inner % tiles.down.depth == 0
+
+
 def _fits(tiles: GroupedTiles, layer: Layer, device: Device) -> bool:
-    """The bulk copy engine reads whole tiles only; everything must fit in shared memory."""
+    """Whether the buffers of both products fit in shared memory."""
     shared = max(
         tiles.gate_up.shared_bytes(layer.itemsize, 2 if layer.gated else 1),
         tiles.down.shared_bytes(layer.itemsize, 1),
     )
-    whole = layer.width % tiles.gate_up.depth == 0 and layer.inner % tiles.down.depth == 0
-    return shared <= device.shared_bytes and (whole or not (tiles.gate_up.tma or tiles.down.tma))
+    return shared <= device.shared_bytes

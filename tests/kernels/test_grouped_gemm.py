@@ -212,21 +212,28 @@ def test_the_pair_path_matches_its_twins(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(out_TD, pair.pair_down(h_NF, routing, experts))
 
 
-def test_rows_of_views_are_read_where_they_lie() -> None:
-    """x with a row stride of its own, weights that are slices of larger stacks."""
-    shape = Shape(9, 2, 3, 32, 24)
-    big = make_experts(replace(shape, experts=8), torch.float32)
-    experts = ExpertWeights(big.w_in_PGD[2:5, :, 16:], big.w_out_PDF[::3], None)
-    experts = replace(experts, w_out_PDF=experts.w_out_PDF[:, :16])
-    x_TD = torch.randn(9, 40)[:, 4:20]
-    routing = make_routing(shape)
+def surrounded(part: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a view into a larger tensor that is NaN everywhere else."""
+    larger = torch.full([size + 9 for size in part.shape], math.nan, dtype=part.dtype)
+    view = larger[tuple(slice(4, 4 + size) for size in part.shape)]
+    view.copy_(part)
+    return view
+
+
+@pytest.mark.parametrize("depth", [16, 32])
+def test_rows_of_views_are_read_where_they_lie_and_nothing_beside_them(depth: int) -> None:
+    """Row and expert strides of their own; a depth of 32 has to mask the second half of each row."""
+    shape = Shape(9, 2, 3, 16, 24)
+    experts, routing = make_experts(shape, torch.float32), make_routing(shape)
+    x_TD = surrounded(torch.randn(9, 16))
     expected = reference.moe_ffn(x_TD, routing, experts, accumulate=torch.float64)
-    tile = Tile(16, 16, 16, 4, 2)
+    views = ExpertWeights(surrounded(experts.w_in_PGD), surrounded(experts.w_out_PDF))
+    tile = Tile(16, 16, depth, 4, 2)
     pairs = reference.sort_pairs(routing.slot_TK, 3, tile.rows)
-    y_ND = grouped_gemm.down(grouped_gemm.gate_up(x_TD, experts, pairs, 2, tile), experts, pairs, tile)
+    y_ND = grouped_gemm.down(grouped_gemm.gate_up(x_TD, views, pairs, 2, tile), views, pairs, tile)
     assert error(combine.combine(y_ND, routing), expected) < BOUNDS[torch.float32]
-    h_NF = pair.pair_gate_up(x_TD, routing.slot_TK, experts)
-    assert error(pair.pair_down(h_NF, routing, experts), expected) < BOUNDS[torch.float32]
+    h_NF = pair.pair_gate_up(x_TD, routing.slot_TK, views)
+    assert error(pair.pair_down(h_NF, routing, views), expected) < BOUNDS[torch.float32]
 
 
 # Four experts far apart in 8 GB of memory that nobody touches (most of it stays virtual): an index that is multiplied

@@ -70,6 +70,12 @@ def test_the_copy_engine_is_used_only_where_it_reads_whole_tiles() -> None:
         assert not chosen.down.tma
 
 
+def test_a_width_that_a_deep_tile_does_not_divide_gets_a_shallower_one_of_the_same_height() -> None:
+    chosen = choose(replace(OLMOE, num_tokens=16, width=2880, inner=2880), H100)
+    assert chosen is not None
+    assert (chosen.gate_up.rows, chosen.gate_up.depth, chosen.down.depth) == (16, 64, 64)
+
+
 def test_one_configuration_for_every_batch_on_request() -> None:
     sizes = [1, 2, 16, 300, 5000, 40_000]
     assert len({choose(replace(OLMOE, num_tokens=size), H100, batch_invariant=True) for size in sizes}) == 1
