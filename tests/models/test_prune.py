@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from safetensors.torch import save_file
 
 from models import memory
 from models.checkpoint import load_checkpoint, save_checkpoint
+from models.classifier import SlotTally
+from models.config import LayerShape
 from models.dataset import read_rows
 from models.errors import CheckpointError, PlanError, SecateurError
 from models.evaluate import evaluate
+from models.progress import Progress
+from models.pruning import METHODS
+from models.pruning.allocate import Budget, Rules
 from models.pruning.prune import prune
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
@@ -169,15 +175,25 @@ def test_routers_trained_by_adam_are_warned_about(
 
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
-    ({"method": "magic"}, "method is 'magic', must be one of router-norm-change, frequency, random"),
+    ({"method": "magic"}, "method is 'magic', must be one of router-norm-change, frequency, "),
     ({"pretrained": None}, "give --pretrained"),
     ({"method": "frequency"}, "give --data"),
     ({"keep": 1}, "fewer than the top-2"),
     ({"keep": 5}, "only 4 experts"),
     ({"keep": 0.0}, "a fraction above 0"),
     ({"keep": 1.5}, "a fraction above 0"),
-    ({"semantics": "tie"}, "use slice or zero"),
-    ({"semantics": "delete"}, "must be slice or zero"),
+    ({"semantics": "tie"}, "semantics is 'tie', router-norm-change can do zero, slice"),
+    ({"semantics": "delete"}, "semantics is 'delete', router-norm-change can do zero, slice"),
+    ({"options": {"allow-flt": "true"}}, "router-norm-change has no option 'allow-flt': its options are allow-flat"),
+    ({"options": {"allow_flat": "1"}}, "router-norm-change: option allow-flat is '1', must be true or false"),
+    ({"method": "random", "options": {"seed": "1"}}, "random has no option 'seed': it has no options"),
+    ({"keep": (2, 2, 2)}, "keep lists 3 counts, the model has 2 layers with experts"),
+    ({"rules": Rules(exempt=(7,))}, "layer 7 has no experts; those that have are 0, 1"),
+    ({"rules": Rules(protect={0: (4,)})}, "layer 0 has no expert 4, they are 0 to 3"),
+    ({"rules": Rules(allocation="even")}, "allocation is 'even', must be one of uniform, global"),
+    ({"rules": Rules(allocation="global")}, "ranks experts within a layer only"),
+    ({"max_class_loss": 0.1}, "--max-class-loss compares parent and child on dev rows: give --data"),
+    ({"stats": Path("absent.safetensors"), "method": "frequency"}, "absent.safetensors is missing"),
 ]
 
 
@@ -234,3 +250,236 @@ def test_a_base_may_hold_routers_only(pair: Callable[..., tuple[Path, Path]], tm
     assert whole.manifest is not None
     assert routers.manifest is not None
     assert whole.manifest.layers == routers.manifest.layers
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Sixty rows of three classes: 45 for train, 15 for dev."""
+    lines = [
+        {
+            "text": f"w{i % 50} w{i * 7 % 50} w{i * i % 50}",
+            "label": f"LABEL_{i % 3}",
+            "split": "dev" if i % 4 == 1 else "train",
+        }
+        for i in range(60)
+    ]
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+# Others keep all experts and cut weights inside them.
+CUT_EXPERTS = tuple(method.name for method in METHODS.values() if not method.keeps_all)
+# Where a method's own default would make a tiny test slow.
+QUICK = {"eep": {"population": "4", "generations": "2"}}
+
+
+@pytest.mark.parametrize("method", CUT_EXPERTS)
+def test_keeping_all_experts_keeps_every_bit(
+    method: str, pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    base, tuned = pair()
+    child = prune(tuned, method, 4, tmp_path / "child", pretrained=base, data=rows, options=QUICK.get(method))
+    old, new = (dict(load_checkpoint(path).model.named_parameters()) for path in (tuned, child.path))
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        assert torch.equal(tensor.view(torch.int32), new[name].view(torch.int32)), name
+
+
+@pytest.mark.parametrize("method", CUT_EXPERTS)
+def test_every_method_cuts_every_family_unevenly(
+    method: str, pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    family = FAMILIES[CUT_EXPERTS.index(method) % len(FAMILIES)]
+    base, tuned = pair(family)
+    child = prune(tuned, method, (2, 3), tmp_path / "child", pretrained=base, data=rows, options=QUICK.get(method))
+    assert child.manifest is not None
+    assert child.manifest.method == method
+    assert child.experts_kept[0] <= 2
+    assert child.experts_kept[1] <= 3
+    child.verify()
+    assert torch.isfinite(child.model.classify([[3, 9, 27, 1], [5]]).logits_BC).all()
+
+
+def stages(calls: list[str]) -> Progress:
+    def progress(done: int, total: int, message: str) -> None:
+        calls.append(message)
+
+    return progress
+
+
+def test_statistics_are_written_reused_and_completed(
+    pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    base, tuned = pair()
+    file = tmp_path / "stats.safetensors"
+    calls: list[str] = []
+
+    def cut(name: str, method: str, **options: Any) -> Any:
+        calls.clear()
+        return prune(tuned, method, 2, tmp_path / name, stats=file, progress=stages(calls), **options).manifest
+
+    first = cut("a", "frequency", data=rows)
+    assert "calibrating" in calls
+    first_bytes = file.read_bytes()
+    again = cut("b", "reap", data=rows)
+    assert "calibrating" not in calls
+    assert file.read_bytes() == first_bytes
+    assert again.calibration == first.calibration
+    assert again.layers == prune(tuned, "reap", 2, tmp_path / "c", data=rows).manifest.layers  # type: ignore[union-attr]
+    cut("d", "mone", data=rows)
+    assert "calibrating" in calls
+    completed = file.read_bytes()
+    assert len(completed) > len(first_bytes)
+    offline = cut("e", "mone")
+    assert calls == []
+    assert offline.calibration == first.calibration
+    with pytest.raises(PlanError, match=r"stats.safetensors lacks the statistics Dense: give --data FILE"):
+        cut("f", "hc-smoe")
+    assert file.read_bytes() == completed
+    rows.write_text(rows.read_text().replace("w7", "w8"))
+    with pytest.raises(PlanError, match="of other calibration rows"):
+        cut("g", "frequency", data=rows)
+    with pytest.raises(PlanError, match="of another parent checkpoint"):
+        prune(base, "frequency", 2, tmp_path / "h", stats=file)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("semantics", ["slice", "zero"])
+def test_a_budget_is_met_and_one_expert_more_would_not_be(
+    semantics: str, allocation: str, pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    _, tuned = pair()
+    parent = load_checkpoint(tuned).source()
+    expert = (3 * 16 * 12 + (16 if semantics == "slice" else 0)) * 4
+    budget, step = parent.bytes - 3 * expert + 1, 2 if allocation == "uniform" else 1
+    child = prune(
+        tuned, "frequency", Budget(budget), tmp_path / "child", data=rows, semantics=semantics,
+        rules=Rules(allocation=allocation),
+    ).manifest  # fmt: skip
+    assert child is not None
+    assert child.bytes <= budget < child.bytes + step * expert
+    assert child.options["keep"] == {"bytes": budget}
+    assert sum(layer.num_experts for layer in child.layers) == (4 if allocation == "uniform" else 5)
+
+
+def test_exempt_layers_keep_their_bits_and_protected_experts_stay(
+    pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    _, tuned = pair()
+    rules = Rules(exempt=(1,), keep_super=False)
+    plain = prune(tuned, "frequency", 2, tmp_path / "plain", data=rows, rules=rules)
+    assert plain.experts_kept == (2, 4)
+    old, new = (load_torch(path / "model.safetensors") for path in (tuned, plain.path))
+    for name in old:
+        if ".layers.1." in name:
+            assert torch.equal(old[name], new[name]), name
+    assert plain.manifest is not None
+    worst = min(range(4), key=lambda e: plain.manifest.layers[0].scores[e])  # type: ignore[union-attr]
+    assert worst not in plain.manifest.layers[0].kept
+    kept = prune(
+        tuned,
+        "frequency",
+        2,
+        tmp_path / "kept",
+        data=rows,
+        rules=Rules(exempt=(1,), protect={0: (worst,)}, keep_super=False),
+    ).manifest
+    assert kept is not None
+    assert worst in kept.layers[0].kept
+    assert kept.options["protected"] == {"0": [worst]}
+    assert kept.options["exempt"] == [1]
+
+
+def test_the_expert_with_outsize_activations_stays_unless_told_otherwise(
+    pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    _, tuned = pair()
+    plain = prune(tuned, "frequency", 2, tmp_path / "plain", data=rows, rules=Rules(keep_super=False)).manifest
+    assert plain is not None
+    cut = next(e for e in range(4) if e not in plain.layers[0].kept)
+    tensors = load_torch(tuned / "model.safetensors")
+    name = next(n for n in tensors if n.endswith(f"layers.0.mlp.experts.{cut}.down_proj.weight"))
+    tensors[name] = tensors[name] * 1000
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    guarded = prune(tuned, "frequency", 2, tmp_path / "guarded", data=rows).manifest
+    ignored = prune(tuned, "frequency", 2, tmp_path / "ignored", data=rows, rules=Rules(keep_super=False)).manifest
+    assert guarded is not None
+    assert ignored is not None
+    assert guarded.options["protected"] == {"0": [cut]}
+    assert cut in guarded.layers[0].kept
+    assert cut not in ignored.layers[0].kept
+    assert ignored.options["keep_super"] is False
+
+
+def test_classes_are_reported_and_guarded(pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path) -> None:
+    _, tuned = pair()
+    # labelled as the parent answers, so that every change of a label is a loss
+    parent = load_checkpoint(tuned)
+    truth = evaluate(parent, read_rows(rows)).predictions
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    relabelled = (line | {"label": f"LABEL_{label}"} for line, label in zip(lines, truth, strict=True))
+    rows.write_text("".join(json.dumps(line) + "\n" for line in relabelled))
+    child = prune(tuned, "frequency", 2, tmp_path / "child", data=rows, semantics="zero").manifest
+    assert child is not None
+    assert child.accuracy is not None
+    dev = read_rows(rows, "dev")
+    before, after = evaluate(load_checkpoint(tuned), dev), evaluate(load_checkpoint(tmp_path / "child"), dev)
+    same = np.equal(before.predictions, after.predictions).mean()
+    assert child.accuracy.agreement == pytest.approx(same)
+    assert [c.label for c in child.accuracy.classes] == [r.label for r in before.recalls]
+    assert [c.parent for c in child.accuracy.classes] == [r.recall for r in before.recalls]
+    assert [c.child for c in child.accuracy.classes] == [r.recall for r in after.recalls]
+    loss = max(c.parent - c.child for c in child.accuracy.classes)
+    assert loss > 0.01, "choose rows on which the cut hurts"
+    prune(tuned, "frequency", 2, tmp_path / "fine", data=rows, semantics="zero", max_class_loss=loss)
+    with pytest.raises(PlanError, match="points of recall, more than the"):
+        prune(tuned, "frequency", 2, tmp_path / "bad", data=rows, semantics="zero", max_class_loss=loss - 0.01)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_the_manifest_forecasts_what_serving_then_sees(
+    pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    _, tuned = pair()
+    child = prune(tuned, "frequency", 2, tmp_path / "child", data=rows, semantics="zero")
+    assert child.manifest is not None
+    sequences = [child.encoder.encode(row.text).ids for row in read_rows(rows, "train")]
+    routed = sum(len(ids) for ids in sequences) * 2
+    # layer 0 sees the same tokens as in calibration; layer 1 runs for each last token only
+    tally = SlotTally(replace(child.model.config, layers=(child.model.config.layers[0], LayerShape.unpruned(4))))
+    with torch.inference_mode():
+        child.model.hidden(child.model.pack(sequences), tally)
+    assert child.manifest.layers[0].kept_slots == pytest.approx(1 - int(tally.dropped) / routed)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_one_expert_for_every_token_if_that_is_allowed(
+    family: str, pair: Callable[..., tuple[Path, Path]], oracle_class: Callable[[str], Any], tmp_path: Path
+) -> None:
+    _, tuned = pair(family)
+    rules = Rules(allow_lower_k=True)
+    child = prune(tuned, "random", 1, tmp_path / "child", rules=rules)
+    assert child.model.config.top_k == 1
+    assert child.manifest is not None
+    assert child.manifest.options["allow_lower_k"] is True
+    oracle = oracle_class(family).from_pretrained(tmp_path / "child").eval()
+    with torch.no_grad():
+        theirs = oracle(input_ids=torch.tensor([[3, 9, 27, 1]])).logits
+    torch.testing.assert_close(child.model.classify([[3, 9, 27, 1]]).logits_BC, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(PlanError, match="tokens choose equally many in every layer"):
+        prune(tuned, "random", (1, 2), tmp_path / "uneven", rules=rules)
+    zero = prune(tuned, "random", (1, 2), tmp_path / "zero", semantics="zero", rules=rules)
+    assert zero.model.config.top_k == 2
+
+
+def test_options_reach_the_method_and_the_manifest(
+    pair: Callable[..., tuple[Path, Path]], rows: Path, tmp_path: Path
+) -> None:
+    _, tuned = pair()
+    child = prune(tuned, "task-mass", 2, tmp_path / "child", data=rows, options={"variant": "squared"}).manifest
+    plain = prune(tuned, "task-mass", 2, tmp_path / "plain", data=rows).manifest
+    assert child is not None
+    assert plain is not None
+    assert (child.options["variant"], plain.options["variant"]) == ("squared", "linear")
+    assert child.layers[0].scores != plain.layers[0].scores

@@ -4,6 +4,7 @@ import numpy as np
 
 from models.config import Semantics
 from models.errors import PlanError
+from models.pruning.method import Method, Option, each_layer
 from models.pruning.plan import FloatArray, LayerPlan, keep_best
 from models.pruning.stats import LayerStats, RouterPair, row_norms
 
@@ -22,7 +23,7 @@ def router_norm_change(stats: LayerStats, keep: int, semantics: Semantics, allow
     Raises PlanError if the routers cannot carry the signal: equal, hardly moved, or all scaled alike (weight decay).
     allow_flat turns off all but the first of these guards.
     """
-    routers = stats.need_routers()
+    routers = stats.need(RouterPair)
     score_E = norm_change(routers)
     _refuse_meaningless(stats, routers, score_E, allow_flat)
     return keep_best(score_E, keep, semantics)
@@ -47,11 +48,21 @@ def _refuse_meaningless(stats: LayerStats, routers: RouterPair, score_E: FloatAr
     if movement < least:
         raise PlanError(
             f"{where}: the router did not move: its largest norm change is {movement:.1e} of the median norm, under "
-            f"{least:.0e}, so its ranking would be noise. Fine-tune routers by SGD, or pass --allow-flat"
+            f"{least:.0e}, so its ranking would be noise. Fine-tune routers by SGD, or pass --option allow-flat=true"
         )
     ratio_E = row_norms(routers.finetuned_ED) / np.maximum(pretrained_E, 1e-30)
     if ratio_E.std() / ratio_E.mean() < MIN_VARIATION:
         raise PlanError(
             f"{where}: all router norms were scaled alike (weight decay only), so the ranking is noise. "
-            "Fine-tune routers without weight decay, or pass --allow-flat"
+            "Fine-tune routers without weight decay, or pass --option allow-flat=true"
         )
+
+
+ROUTER_NORM_CHANGE = Method(
+    name="router-norm-change",
+    summary="keep experts whose router row grew most in fine-tuning (arXiv 2405.16646); no data",
+    plan=each_layer(router_norm_change),
+    semantics=("zero", "slice"),
+    needs=(RouterPair,),
+    options=(Option("allow_flat", False, "accept routers that fine-tuning hardly moved"),),
+)
