@@ -259,7 +259,7 @@ def combine(
     Rows of pairs that run no expert are not read. Constants, residual and shared expert are added as in `moe_ffn`.
     """
     num_tokens, top_k = routing.slot_TK.shape
-    y_TKD = y_ND.view(num_tokens, top_k, -1).to(accumulate)
+    y_TKD = y_ND.view(num_tokens, top_k, y_ND.shape[1]).to(accumulate)
     out_TD = torch.zeros(num_tokens, y_ND.shape[1], dtype=accumulate, device=y_ND.device)
     for choice in range(top_k):
         slot_T1 = routing.slot_TK[:, choice, None]
