@@ -14,9 +14,13 @@ from typing import Any
 import torch
 
 from models import memory
-from models.decoder import MoEClassifier
+from models.architecture import build
+from models.classifier import Classifier
+from models.compressed import check_forms
+from models.config import ModelConfig
 from models.errors import CheckpointError
-from models.hf_config import parse_config, parse_labels, parse_problem_type, read_json, write_config
+from models.hf_config import family_of, parse_config, parse_labels, parse_problem_type, read_json, write_config
+from models.images import GOLDEN_IMAGES, ImageEncoder, golden_image
 from models.manifest import (
     GOLDEN_TEXTS,
     MANIFEST_FILE,
@@ -31,6 +35,8 @@ from models.manifest import (
 from models.tokenizer import TOKENIZER_FILE, TextEncoder
 from models.weights import (
     DTYPES,
+    FLOATS,
+    ITEM_BYTES,
     SINGLE_FILE,
     choose_dtype,
     load_weights,
@@ -46,13 +52,16 @@ CONFIG_FILE = "config.json"
 GOLDEN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+Encoder = TextEncoder | ImageEncoder
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model with what it needs to answer: tokenizer, class names, problem type and provenance."""
+    """A loaded model with what it needs to answer: its encoder of inputs, class names, problem type and provenance."""
 
     path: Path
-    model: MoEClassifier
-    encoder: TextEncoder
+    model: Classifier
+    encoder: Encoder
     labels: tuple[str, ...]
     problem_type: str
     manifest: Manifest | None
@@ -61,12 +70,13 @@ class Checkpoint:
 
     @property
     def artifact_sha256(self) -> str:
-        """One hash over the names and hashes of config, tokenizer and weights."""
+        """One hash over the names and hashes of config, tokenizer (where there is one) and weights."""
         return combined_sha256(dict(self.files))
 
     @property
-    def tokenizer_sha256(self) -> str:
-        return self.files[TOKENIZER_FILE]
+    def tokenizer_sha256(self) -> str | None:
+        """None for a model that reads images."""
+        return self.files.get(TOKENIZER_FILE)
 
     @property
     def stored_dtype(self) -> str:
@@ -95,7 +105,7 @@ class Checkpoint:
         return Source(name=self.path.name, files=dict(self.files), parameters=parameters, bytes=parameters * size)
 
     def golden(self) -> tuple[Golden, ...]:
-        """The answers of this model to the golden texts."""
+        """The answers of this model to the golden inputs."""
         return golden_answers(self.model, self.encoder)
 
     def with_manifest(self, **changes: Any) -> "Checkpoint":
@@ -117,7 +127,7 @@ class Checkpoint:
             raise CheckpointError(f"{MANIFEST_FILE}: golden is empty, so nothing can be verified")
         bound = GOLDEN_TOLERANCE[self.model.dtype]
         for number, golden in enumerate(self.manifest.golden):
-            got = self.model.classify([self.encoder.encode(golden.text).ids]).logits_BC[0]
+            got = self.model.classify([_golden_item(golden, self.encoder)]).logits_BC[0]
             want = torch.tensor(golden.logits)
             if want.shape != got.shape:
                 raise CheckpointError(f"golden input {number} has {len(want)} logits, the model gives {len(got)}")
@@ -128,9 +138,29 @@ class Checkpoint:
                 raise CheckpointError(f"golden input {number} gives another label than recorded")
 
 
-def golden_answers(model: MoEClassifier, encoder: TextEncoder) -> tuple[Golden, ...]:
-    answers = ((text, model.classify([encoder.encode(text).ids]).logits_BC[0]) for text in GOLDEN_TEXTS)
-    return tuple(Golden(text=text, logits=tuple(logits.tolist())) for text, logits in answers)
+def golden_answers(model: Classifier, encoder: Encoder) -> tuple[Golden, ...]:
+    names, field = (GOLDEN_TEXTS, "text") if encoder.reads == "text" else (tuple(GOLDEN_IMAGES), "image")
+    inputs = [Golden(logits=(), **{field: name}) for name in names]
+    answers = [model.classify([_golden_item(golden, encoder)]).logits_BC[0] for golden in inputs]
+    return tuple(
+        golden.model_copy(update={"logits": tuple(logits.tolist())})
+        for golden, logits in zip(inputs, answers, strict=True)
+    )
+
+
+def _golden_item(golden: Golden, encoder: Encoder) -> Any:
+    if encoder.reads == "text":
+        return encoder.encode(golden.text).ids
+    if golden.image not in GOLDEN_IMAGES:
+        raise CheckpointError(f"{MANIFEST_FILE}: there is no golden image {golden.image!r}")
+    return encoder.encode(golden_image(golden.image, encoder.vision)).ids
+
+
+def encoder_of(config: ModelConfig, path: Path) -> Encoder:
+    """What turns inputs into the model's items; for text, read from the directory's tokenizer."""
+    if config.vision is not None:
+        return ImageEncoder(config.vision, config.max_tokens)
+    return TextEncoder(path / TOKENIZER_FILE, config.max_tokens, config.vocab_size)
 
 
 def load_checkpoint(path: Path | str, device: str = "cpu", dtype: str = "auto", backend: str = "auto") -> Checkpoint:
@@ -146,59 +176,70 @@ def load_checkpoint(path: Path | str, device: str = "cpu", dtype: str = "auto", 
     raw = read_json(path / CONFIG_FILE)
     manifest = read_manifest(path)
     weights = weight_files(path)
-    files = {file.name: file_sha256(file) for file in _content_files(path, weights)}
+    files = {file.name: file_sha256(file) for file in _content_files(path, weights, family_of(raw).reads_images)}
     if manifest is not None:
         _check_files(manifest, files)
     config = parse_config(raw, tuple(layer.shape for layer in manifest.layers) if manifest else None)
+    check_forms(config)
     if manifest is not None and manifest.family != config.family:
         raise CheckpointError(f"{MANIFEST_FILE}: family is {manifest.family!r}, config.json says {config.family!r}")
-    encoder = TextEncoder(path / TOKENIZER_FILE, config.max_tokens, config.vocab_size)
+    encoder = encoder_of(config, path)
     chosen_backend = None if backend == "auto" else backend
-    model = MoEClassifier(config, choose_dtype(dtype, stored_dtype(weights), device), device, chosen_backend)
+    model = build(config, choose_dtype(dtype, stored_dtype(weights), device), device, chosen_backend)
     load_weights(model, weights)
     model.requires_grad_(False).eval()
     if manifest is not None:
-        _check_sizes(manifest, memory.num_parameters(model), stored_dtype(weights))
+        _check_sizes(manifest, model, stored_dtype(weights))
     return Checkpoint(path, model, encoder, parse_labels(raw), parse_problem_type(raw), manifest, raw, files)
 
 
 def save_checkpoint(
     out: Path,
-    model: MoEClassifier,
+    model: Classifier,
     raw_config: Mapping[str, Any],
-    tokenizer_file: Path,
+    tokenizer_file: Path | None,
     layers: tuple[Layer, ...] | None = None,
     dtype: str = "float32",
     **provenance: Any,
 ) -> Checkpoint:
     """Write config, tokenizer, weights and manifest as a new directory, verify it, and return it loaded.
 
-    layers: the manifest's layers, default: unpruned. provenance: further manifest fields (method, options, semantics,
-    parent, ...). The directory appears whole or not at all. Raises CheckpointError if `out` exists.
+    tokenizer_file: not read for a model of images. layers: the manifest's layers, default: unpruned. provenance: other
+    manifest fields (method, options, semantics, parent, ...). The directory appears whole or not at all. Raises
+    CheckpointError if `out` exists.
     """
     if layers is None:
         layers = tuple(
-            Layer(total=shape.num_rows, num_experts=shape.num_experts, kept=shape.route_E, route=shape.route_E)
+            Layer(
+                total=shape.num_rows,
+                num_experts=shape.num_experts,
+                kept=shape.route_E,
+                route=shape.route_E,
+                compression=shape.compression,
+            )
             for shape in model.config.layers
         )
     fields = {"method": "none", "options": {}, "semantics": "none", **provenance}
     with new_directory(out) as temporary:
         config = write_config(raw_config, model.config, dtype)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.copyfile(tokenizer_file, temporary / TOKENIZER_FILE)
+        if model.config.vision is None and tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, temporary / TOKENIZER_FILE)
         save_weights(model, temporary / SINGLE_FILE, DTYPES[dtype])
         # Golden answers come from the weights as stored, not as they were before rounding to `dtype`.
-        stored = MoEClassifier(model.config)
+        stored = build(model.config)
         load_weights(stored, (temporary / SINGLE_FILE,))
-        encoder = TextEncoder(temporary / TOKENIZER_FILE, model.config.max_tokens, model.config.vocab_size)
+        encoder = encoder_of(model.config, temporary)
+        reads_images = model.config.vision is not None
+        content = _content_files(temporary, weight_files(temporary), reads_images)
         parameters = memory.num_parameters(model)
         manifest = Manifest(
             family=model.config.family,
             dtype=dtype,
             parameters=parameters,
-            bytes=parameters * DTYPES[dtype].itemsize,
+            bytes=memory.stored_bytes(model, DTYPES[dtype].itemsize),
             layers=layers,
-            files={file.name: file_sha256(file) for file in _content_files(temporary, weight_files(temporary))},
+            files={file.name: file_sha256(file) for file in content},
             golden=golden_answers(stored, encoder),
             **fields,
         )
@@ -211,8 +252,8 @@ def source_of(path: Path) -> Source:
     """A checkpoint directory, whole or routers only, as a manifest names it."""
     weights = weight_files(path)
     headers = tensor_headers(weights)
-    parameters = sum(math.prod(shape) for _, shape, _ in headers.values())
-    size = sum(math.prod(shape) * (4 if dtype == "F32" else 2) for _, shape, dtype in headers.values())
+    parameters = sum(math.prod(shape) for _, shape, dtype in headers.values() if dtype in FLOATS)
+    size = sum(math.prod(shape) * ITEM_BYTES.get(dtype, 2) for _, shape, dtype in headers.values())
     files = {file.name: file_sha256(file) for file in (path / CONFIG_FILE, *weights)}
     return Source(name=path.name, files=files, parameters=parameters, bytes=size)
 
@@ -248,16 +289,18 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise
 
 
-def _content_files(path: Path, weights: tuple[Path, ...]) -> tuple[Path, ...]:
-    files = (path / CONFIG_FILE, path / TOKENIZER_FILE, *weights)
+def _content_files(path: Path, weights: tuple[Path, ...], reads_images: bool) -> tuple[Path, ...]:
+    tokenizer = () if reads_images else (path / TOKENIZER_FILE,)
+    files = (path / CONFIG_FILE, *tokenizer, *weights)
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file.name} is missing in {path.name}")
     return files
 
 
-def _check_sizes(manifest: Manifest, parameters: int, dtype: str) -> None:
-    found = {"parameters": parameters, "dtype": dtype, "bytes": parameters * DTYPES[dtype].itemsize}
+def _check_sizes(manifest: Manifest, model: Classifier, dtype: str) -> None:
+    size = memory.stored_bytes(model, DTYPES[dtype].itemsize)
+    found = {"parameters": memory.num_parameters(model), "dtype": dtype, "bytes": size}
     for field, value in found.items():
         if getattr(manifest, field) != value:
             raise CheckpointError(f"{MANIFEST_FILE}: {field} is {getattr(manifest, field)}, the weights hold {value}")

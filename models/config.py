@@ -6,9 +6,61 @@ from typing import Literal, get_args
 Pooling = Literal["last", "mean", "first"]
 QKNorm = Literal["none", "head", "full"]
 Semantics = Literal["slice", "zero", "tie", "constant"]
+Structure = Literal["row", "col"]
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 SEMANTICS: tuple[str, ...] = get_args(Semantics)
+
+
+@dataclass(frozen=True)
+class Bitmask:
+    """A matrix without its zeros: each `group` neighbouring columns of a row keep `kept` values, and a bit per column
+    says which. Raises ValueError for a count outside 1..group."""
+
+    kept: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept <= self.group:
+            raise ValueError(f"a group of {self.group} columns cannot keep {self.kept} values")
+
+    def __str__(self) -> str:
+        return f"{self.kept} of {self.group} columns"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix as U V of this rank, plus `lines` whole rows or columns of what that leaves.
+
+    Raises ValueError for a rank below 1 or a negative number of lines.
+    """
+
+    rank: int
+    lines: int
+    structure: Structure
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.lines < 0:
+            raise ValueError(f"rank is {self.rank} and lines {self.lines}, must be at least 1 and 0")
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} + {self.lines} {self.structure}s"
+
+
+Form = Bitmask | LowRank
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How one layer's experts hold their three matrices; None is dense."""
+
+    gate: Form | None = None
+    up: Form | None = None
+    down: Form | None = None
+
+    def __str__(self) -> str:
+        forms = (("gate", self.gate), ("up", self.up), ("down", self.down))
+        return ", ".join(f"{name} {form}" for name, form in forms if form is not None)
 
 
 @dataclass(frozen=True)
@@ -17,10 +69,12 @@ class LayerShape:
 
     num_experts  physical experts held (after pruning); 0 for a dense layer.
     route_E      per router row: the slot it means (kernels.routing), length = router rows; empty for a dense layer.
+    compression  how the experts' matrices are stored and run; None if they are dense.
     """
 
     num_experts: int
     route_E: tuple[int, ...]
+    compression: Compression | None = None
 
     @property
     def num_rows(self) -> int:
@@ -37,8 +91,32 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """How an image becomes tokens: it is resized to height x width and cut into square patches, `patch` pixels a side.
+
+    channels  1 for grey, 3 for red, green, blue. mean, std: per channel; the model reads (value / 255 - mean) / std.
+    capacity  tokens that each expert takes of an image, where experts choose; 0 where tokens choose.
+    """
+
+    height: int
+    width: int
+    patch: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    capacity: int = 0
+
+    @property
+    def num_patches(self) -> int:
+        return (self.height // self.patch) * (self.width // self.patch)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Everything the forward pass and the loader need to know. Sizes are counts of elements, not bytes."""
+    """Everything the forward pass and the loader need to know. Sizes are counts of elements, not bytes.
+
+    max_tokens: the longest input; every image has so many. vision: None for a model that reads text.
+    """
 
     family: str
     vocab_size: int
@@ -59,6 +137,7 @@ class ModelConfig:
     num_labels: int
     pooling: Pooling
     layers: tuple[LayerShape, ...]
+    vision: Vision | None = None
 
     @property
     def num_layers(self) -> int:

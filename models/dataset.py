@@ -1,14 +1,20 @@
-"""Labelled rows from a file of the user's: JSON lines (plain or gzip) or CSV.
+"""Labelled rows from a file of the user's: JSON lines (plain or gzip) or CSV of texts, or an .npz of images.
 
-Columns or keys: text, label, and optionally split and group."""
+Columns or keys: text, label, and optionally split and group. Arrays: x_train, y_train, x_test, y_test and optionally
+x_dev, y_dev: uint8 [N, H, W] or [N, H, W, c] and class numbers; classes: their names.
+"""
 
 import csv
 import gzip
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from models.errors import DataError
 from models.manifest import Rows
@@ -20,17 +26,24 @@ MAX_FIELD_CHARS = 10_000_000
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled example. split: train, dev, test, or empty when the file has no such column. group: rows that share
-    one are not independent (one mail thread, one source sentence); empty: on its own."""
+    """One labelled example, a text or an image (uint8 [H, W] or [H, W, c]). split: train, dev, test, or empty when the
+    file has no such column. group: rows that share one are not independent (one mail thread, one source sentence);
+    empty: on its own."""
 
     text: str
     label: str
     split: str = ""
     group: str = ""
+    image: npt.NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def source(self) -> str | npt.NDArray[np.uint8]:
+        """What an encoder turns into an item."""
+        return self.text if self.image is None else self.image
 
 
 def read_rows(path: Path, split: str | None = None) -> tuple[Row, ...]:
-    """All rows of a .jsonl, .jsonl.gz or .csv file, or those of one split.
+    """All rows of a .jsonl, .jsonl.gz, .csv or .npz file, or those of one split.
 
     A file without splits answers for any: give it to `evaluate` whole. Raises DataError naming the line and field of
     the first bad row, or if nothing is left.
@@ -39,15 +52,13 @@ def read_rows(path: Path, split: str | None = None) -> tuple[Row, ...]:
     if not path.is_file():
         raise DataError(f"{path} is not a file")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        records = _json_lines(path)
+        rows = _text_rows(path, _json_lines(path))
     elif path.suffix == ".csv":
-        records = _csv_rows(path)
+        rows = _text_rows(path, _csv_rows(path))
+    elif path.suffix == ".npz":
+        rows = _image_rows(path)
     else:
-        raise DataError(f"{path.name}: rows must be in a .jsonl, .jsonl.gz or .csv file")
-    try:
-        rows = tuple(_row(path, line, record) for line, record in records)
-    except (UnicodeDecodeError, OSError, EOFError) as error:
-        raise DataError(f"{path.name} is not readable UTF-8 text: {error}") from None
+        raise DataError(f"{path.name}: rows must be in a .jsonl, .jsonl.gz, .csv or .npz file")
     if split is not None and any(row.split for row in rows):
         rows = tuple(row for row in rows if row.split == split)
     if not rows:
@@ -87,10 +98,12 @@ def stratified(rows: Sequence[Row], limit: int) -> tuple[Row, ...]:
 
 
 def describe(name: str, rows: Sequence[Row]) -> Rows:
-    """The rows as a manifest records them: name, count, hash; never a text."""
+    """The rows as a manifest records them: name, count, hash; never a text or an image."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.text, row.label]).encode())
+        if row.image is not None:
+            digest.update(row.image.tobytes())
     return Rows(name=name, rows=len(rows), sha256=digest.hexdigest())
 
 
@@ -101,6 +114,42 @@ def label_ids(rows: Iterable[Row], labels: Sequence[str]) -> list[int]:
     if unknown:
         raise DataError(f"label {unknown[0]!r} is unknown to the model, which has {', '.join(labels[:8])}, ...")
     return [ids[row.label] for row in rows]
+
+
+def _text_rows(path: Path, records: Iterator[tuple[int, dict[str, object]]]) -> tuple[Row, ...]:
+    try:
+        return tuple(_row(path, line, record) for line, record in records)
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise DataError(f"{path.name} is not readable UTF-8 text: {error}") from None
+
+
+def _image_rows(path: Path) -> tuple[Row, ...]:
+    """Without x_dev, the last tenth of the train images are dev rows."""
+    try:
+        with path.open("rb") as stream, np.load(stream) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path.name} is not a whole .npz file: {error}") from None
+    missing = [name for name in ("x_train", "y_train", "x_test", "y_test", "classes") if name not in arrays]
+    if missing:
+        raise DataError(f"{path.name}: array {missing[0]} is missing")
+    names = [str(name) for name in arrays["classes"].tolist()]
+    rows: list[Row] = []
+    for split in SPLITS:
+        if f"x_{split}" not in arrays:
+            continue
+        x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}", np.empty(0))
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+            raise DataError(
+                f"{path.name}: x_{split} is {x.dtype} {list(x.shape)} with {y.dtype} {list(y.shape)} classes, must be "
+                "uint8 [N, H, W] or [N, H, W, c] with N whole numbers"
+            )
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(names):
+            raise DataError(f"{path.name}: y_{split} runs to {int(y.max())}, classes has {len(names)} names")
+        held = len(x) // 10 if split == "train" and "x_dev" not in arrays else 0
+        for index, (image, label) in enumerate(zip(x, y.tolist(), strict=True)):
+            rows.append(Row("", names[label], "dev" if index >= len(x) - held else split, image=image))
+    return tuple(rows)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -133,12 +182,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _row(path: Path, line: int, record: dict[str, object]) -> Row:
-    for field in ("text", "label"):
-        value = record.get(field)
+    for key in ("text", "label"):
+        value = record.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{path.name}, line {line}: {field} is {value!r}, must be a non-empty string")
+            raise DataError(f"{path.name}, line {line}: {key} is {value!r}, must be a non-empty string")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(f"{path.name}, line {line}: {field} holds half of a surrogate pair, which is no character")
+            raise DataError(f"{path.name}, line {line}: {key} holds half of a surrogate pair, which is no character")
     split = record.get("split") or ""
     if split not in ("", *SPLITS):
         raise DataError(f"{path.name}, line {line}: split is {split!r}, must be one of {', '.join(SPLITS)}")

@@ -5,50 +5,25 @@ F expert inner width, G = 2F, K chosen experts per token, H query heads, h head 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.moe import BACKENDS, Backend, select_backend
-from kernels.routing import ExpertWeights, RouterPolicy, Routing
+from kernels.moe import BACKENDS, Backend
 from models.attention import attend, attend_pooled, rotary_table, rotate
-from models.config import LayerShape, ModelConfig
+from models.batches import batch_of
+from models.classifier import Classifier, MoELayer, Noise, Tap
+from models.compressed import compressed_parameters
+from models.config import ModelConfig
 from models.packed import PackedBatch
 
 
-class Noise(Protocol):
-    """What training does to embeddings, and to every branch's output before it joins the residual; shapes are kept."""
-
-    def embedding(self, x_TD: torch.Tensor) -> torch.Tensor: ...
-
-    def branch(self, x_TD: torch.Tensor) -> torch.Tensor: ...
-
-
-class Tap(Protocol):
-    """What calibration, training and metrics may look at in each MoE layer; never changes the result."""
-
-    def __call__(
-        self, layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Routing, experts: ExpertWeights
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Output:
-    """logits_BC: float32 [B, C] on the CPU. routed_slots: (token, choice) pairs routed in all layers; dropped_slots:
-    those among them whose expert was pruned."""
-
-    logits_BC: torch.Tensor
-    routed_slots: int
-    dropped_slots: int
-
-
-class DecoderLayer(nn.Module):
+class DecoderLayer(MoELayer):
     """Attention, then experts (or one dense feed-forward), each behind an RMS norm and a residual.
 
-    Which of the tensors below exist follows from the family and the layer's shape: see `layer_parameters`.
+    Which of the tensors below exist follows from the family and the layer's shape: see `layer_parameters`. Compressed
+    experts have others in place of w_in_PGD and w_out_PDF: see `models.compressed`.
     """
 
     attention_norm_D: torch.Tensor
@@ -58,28 +33,14 @@ class DecoderLayer(nn.Module):
     q_norm: torch.Tensor
     k_norm: torch.Tensor
     w_o: torch.Tensor
-    w_router_ED: torch.Tensor
-    w_in_PGD: torch.Tensor
-    w_out_PDF: torch.Tensor
-    const_CD: torch.Tensor
     w_dense_in: torch.Tensor
     w_dense_out: torch.Tensor
     w_shared_in: torch.Tensor
     w_shared_out: torch.Tensor
     w_shared_gate: torch.Tensor
-    table_VE: torch.Tensor
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.config = config
-        self.index = index
-        self.shape: LayerShape = config.layers[index]
-        self.policy = RouterPolicy(top_k=config.top_k, normalize=config.normalize_top_k)
-        self.kept_share = sum(slot >= 0 for slot in self.shape.route_E) / max(self.shape.num_rows, 1)
-        for name, size in layer_parameters(config, index).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
-        table_VE = torch.tensor([self.shape.route_E], dtype=torch.int32, device=device)
-        self.register_buffer("table_VE", table_VE, persistent=False)
+        super().__init__(config, index, layer_parameters(config, index), dtype, device)
 
     def forward(
         self,
@@ -88,13 +49,13 @@ class DecoderLayer(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         backend: Backend,
         tap: Tap | None = None,
-        last_only: bool = False,
+        pooled_only: bool = False,
         noise: Noise | None = None,
     ) -> torch.Tensor:
-        """[T, D] -> [T, D], or [B, D] for the last token of each sequence if `last_only`."""
+        """[T, D] -> [T, D], or [B, D] for the last token of each sequence if `pooled_only`."""
         normed_TD = self._norm(x_TD, self.attention_norm_D)
-        residual = x_TD.index_select(0, batch.last_B) if last_only else x_TD
-        mixed = self._attention(normed_TD, batch, rope, backend, last_only)
+        residual = x_TD.index_select(0, batch.last_B) if pooled_only else x_TD
+        mixed = self._attention(normed_TD, batch, rope, backend, pooled_only)
         x = residual + (mixed if noise is None else noise.branch(mixed))
         normed = self._norm(x, self.ffn_norm_D)
         if noise is None:
@@ -110,13 +71,13 @@ class DecoderLayer(nn.Module):
         batch: PackedBatch,
         rope: tuple[torch.Tensor, torch.Tensor],
         backend: Backend,
-        last_only: bool,
+        pooled_only: bool,
     ) -> torch.Tensor:
         c, linear = self.config, backend.linear
         q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         bias = self.b_qkv if c.qkv_bias else None
         cos_T1h, sin_T1h = rope
-        if last_only:
+        if pooled_only:
             w_q, w_kv = self.w_qkv.tensor_split([q_rows])
             b_q, b_kv = (None, None) if bias is None else bias.tensor_split([q_rows])
             q = linear(x_TD.index_select(0, batch.last_B), w_q, b_q)
@@ -131,7 +92,7 @@ class DecoderLayer(nn.Module):
         if c.qk_norm == "head":
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
         q, k = rotate(q, *q_rope), rotate(k, cos_T1h, sin_T1h)
-        mixed = (attend_pooled if last_only else attend)(q, k, v, batch)
+        mixed = (attend_pooled if pooled_only else attend)(q, k, v, batch)
         return linear(mixed.flatten(1), self.w_o)
 
     def _ffn(
@@ -141,12 +102,7 @@ class DecoderLayer(nn.Module):
         if not self.shape.num_experts:
             out_TD = gated_ffn(x_TD, self.w_dense_in, self.w_dense_out, backend)
             return out_TD if residual_TD is None else residual_TD + out_TD
-        logits_TE = backend.linear(x_TD, self.w_router_ED)
-        routing = backend.route(logits_TE, self.table_VE, self.policy)
-        experts = self.experts
-        if tap is not None:
-            tap(self.index, x_TD, logits_TE, routing, experts)
-        return backend.moe_ffn(x_TD, routing, experts, residual_TD, self._shared(x_TD, backend))
+        return self.run_experts(x_TD, backend, tap, residual_TD, self._shared(x_TD, backend))
 
     def _shared(self, x_TD: torch.Tensor, backend: Backend) -> torch.Tensor | None:
         """The gated output of the expert that every token takes, where the family has one."""
@@ -155,20 +111,14 @@ class DecoderLayer(nn.Module):
         shared_TD = gated_ffn(x_TD, self.w_shared_in, self.w_shared_out, backend)
         return torch.sigmoid(backend.linear(x_TD, self.w_shared_gate)) * shared_TD
 
-    @property
-    def experts(self) -> ExpertWeights:
-        const_CD = self.const_CD if self.shape.num_constants else None
-        return ExpertWeights(self.w_in_PGD, self.w_out_PDF, const_CD, kept_share=self.kept_share)
 
-
-class MoEClassifier(nn.Module):
-    """A decoder with a classification head. Parameters are uninitialised: a checkpoint or a trainer fills them."""
+class MoEClassifier(Classifier):
+    """A decoder with a classification head."""
 
     embedding_VD: torch.Tensor
     norm_D: torch.Tensor
     score_CD: torch.Tensor
     rope: torch.Tensor
-    layers: nn.ModuleList
 
     def __init__(
         self,
@@ -177,31 +127,21 @@ class MoEClassifier(nn.Module):
         device: torch.device | str = "cpu",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.backend = select_backend(torch.device(device), backend)
-        for name, size in outer_parameters(config).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
+        super().__init__(config, outer_parameters(config), dtype, device, backend)
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
         rope = rotary_table(config.head_dim, config.max_tokens, config.rope_theta)
         self.register_buffer("rope", rope.to(device=device, dtype=dtype), persistent=False)
 
     @property
-    def device(self) -> torch.device:
-        return self.embedding_VD.device
+    def pools_early(self) -> bool:
+        return self.config.pooling == "last"
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding_VD.dtype
+    def pack(self, items: Sequence[Sequence[int]]) -> PackedBatch:
+        return PackedBatch.pack(items, self.device)
 
     def hidden(
-        self, batch: PackedBatch, tap: Tap | None = None, last_only: bool = False, noise: Noise | None = None
+        self, batch: PackedBatch, tap: Tap | None = None, pooled_only: bool = False, noise: Noise | None = None
     ) -> torch.Tensor:
-        """Final hidden states after the last norm: [T, D], or [B, D] if only each last token is wanted.
-
-        With `last_only`, the last layer computes queries and experts for one token per sequence. While gradients are
-        on, the differentiable reference runs whatever the backend is.
-        """
         backend = BACKENDS["reference"]() if torch.is_grad_enabled() else self.backend
         cos_T1h, sin_T1h = self.rope[:, batch.position_T].unsqueeze(2)
         x = F.embedding(batch.ids_T, self.embedding_VD)
@@ -209,37 +149,17 @@ class MoEClassifier(nn.Module):
             x = noise.embedding(x)
         for layer in self.layers:
             is_last = layer.index == self.config.num_layers - 1
-            x = layer(x, batch, (cos_T1h, sin_T1h), backend, tap, last_only and is_last, noise)
+            x = layer(x, batch, (cos_T1h, sin_T1h), backend, tap, pooled_only and is_last, noise)
         return F.rms_norm(x, (self.config.width,), self.norm_D, self.config.norm_eps)
 
-    def forward(self, batch: PackedBatch, tap: Tap | None = None) -> torch.Tensor:
-        """Class logits [B, C] in the model's dtype, pooled as the checkpoint says (last token, mean, first token)."""
-        last_only = self.config.pooling == "last"
-        x = self.hidden(batch, tap, last_only)
-        return F.linear(x if last_only else pool(x, batch, self.config.pooling), self.score_CD)
+    def pooled(self, x_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return pool(x_TD, batch, self.config.pooling)
 
-    @torch.inference_mode()
-    def classify(self, sequences: Sequence[Sequence[int]]) -> Output:
-        """One packed forward pass; the order of the sequences is kept. Raises ValueError on an empty sequence."""
-        tally = SlotTally(self.config)
-        logits_BC = self(PackedBatch.pack(sequences, self.device), tally)
-        return Output(logits_BC.float().cpu(), tally.routed, int(tally.dropped))
+    def head(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_BD, self.score_CD)
 
-
-class SlotTally:
-    """A tap that counts routed pairs and, in layers that have lost experts, the pairs that met a lost one."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.has_pruned = tuple(any(slot < 0 for slot in layer.route_E) for layer in config.layers)
-        self.routed = 0
-        self.dropped: int | torch.Tensor = 0
-
-    def __call__(
-        self, layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Routing, experts: ExpertWeights
-    ) -> None:
-        self.routed += routing.slot_TK.numel()
-        if self.has_pruned[layer]:
-            self.dropped = self.dropped + (routing.slot_TK < 0).sum()
+    def blanks(self, tokens: int, max_items: int) -> list[list[int]]:
+        return batch_of(tokens, max_items, self.config.max_tokens)
 
 
 def pool(x_TD: torch.Tensor, batch: PackedBatch, pooling: str) -> torch.Tensor:
@@ -284,11 +204,12 @@ def layer_parameters(config: ModelConfig, index: int) -> dict[str, tuple[int, ..
         sizes |= {"q_norm": (q_rows,), "k_norm": (kv_rows,)}
     if not shape.num_experts:
         return sizes | {"w_dense_in": (2 * c.dense_width, c.width), "w_dense_out": (c.width, c.dense_width)}
-    sizes |= {
-        "w_router_ED": (shape.num_rows, c.width),
-        "w_in_PGD": (shape.num_experts, 2 * c.expert_width, c.width),
-        "w_out_PDF": (shape.num_experts, c.width, c.expert_width),
-    }
+    sizes["w_router_ED"] = (shape.num_rows, c.width)
+    if shape.compression is not None:
+        sizes |= compressed_parameters(c, shape)
+    else:
+        sizes["w_in_PGD"] = (shape.num_experts, 2 * c.expert_width, c.width)
+        sizes["w_out_PDF"] = (shape.num_experts, c.width, c.expert_width)
     if shape.num_constants:
         sizes["const_CD"] = (shape.num_constants, c.width)
     if c.shared_width:

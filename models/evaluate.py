@@ -71,10 +71,11 @@ class Agreement:
 def evaluate(
     checkpoint: Checkpoint, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS, progress: Progress = silent
 ) -> Evaluation:
-    """Classify every row and compare with its label. Raises DataError for an unknown label or a text without tokens."""
+    """Classify every row and compare with its label. Raises DataError for an unknown label, a text
+    without tokens, or texts for a model of images and the reverse."""
     truth = label_ids(rows, checkpoint.labels)
-    sequences = [checkpoint.encoder.encode(row.text).ids for row in rows]
-    empty = next((number for number, ids in enumerate(sequences, start=1) if not ids), None)
+    sequences = [checkpoint.encoder.encode(row.source).ids for row in rows]
+    empty = next((number for number, ids in enumerate(sequences, start=1) if not len(ids)), None)
     if empty is not None:
         raise DataError(f"row {empty} has no tokens")
     started = time.perf_counter()
@@ -167,6 +168,6 @@ def class_recalls(predictions: Sequence[int], truth: Sequence[int], labels: Sequ
     return tuple(recalls)
 
 
-def predict(checkpoint: Checkpoint, texts: Sequence[str]) -> torch.Tensor:
-    """Logits of a few texts in one batch: float32 [B, C]."""
-    return checkpoint.model.classify([checkpoint.encoder.encode(text).ids for text in texts]).logits_BC
+def predict(checkpoint: Checkpoint, inputs: Sequence[object]) -> torch.Tensor:
+    """Logits of a few texts or images in one batch: float32 [B, C]."""
+    return checkpoint.model.classify([checkpoint.encoder.encode(source).ids for source in inputs]).logits_BC

@@ -1,17 +1,21 @@
 """config.json in and out: read through the family's table, refuse what we would not run faithfully."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.config import POOLINGS, LayerShape, ModelConfig
+from models.config import POOLINGS, LayerShape, ModelConfig, Vision
 from models.errors import CheckpointError
 from models.families import FAMILIES, Family
 
 # A checkpoint that transformers cannot represent (per-layer counts, router rows without experts, another pooling than
 # the last token) carries this model_type, so that transformers refuses it instead of giving other logits.
 OWN_MODEL_TYPE = "secateur"
+OWN_ARCHITECTURES = {False: "SecateurForSequenceClassification", True: "SecateurForImageClassification"}
+# Of an image, the head reads the class token or the mean over all patches; with the latter there is no class token.
+IMAGE_POOLINGS = ("first", "mean")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 MAX_JSON_BYTES = 64 * 1024 * 1024
 
@@ -39,6 +43,11 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
+def reads_images(path: Path) -> bool:
+    """Whether the checkpoint in a directory is a model of images, by its config.json."""
+    return family_of(read_json(path / "config.json")).reads_images
+
+
 def parse_config(raw: Mapping[str, Any], layers: tuple[LayerShape, ...] | None = None) -> ModelConfig:
     """Our view of a config.json; `layers` (from a manifest) overrides the uniform unpruned shapes it implies.
 
@@ -55,16 +64,7 @@ def parse_config(raw: Mapping[str, Any], layers: tuple[LayerShape, ...] | None =
         if present:
             values[field] = present[0]
     values["rope_theta"] = _rope_theta(raw, values["rope_theta"])
-    for field in (
-        "vocab_size",
-        "width",
-        "num_layers",
-        "num_heads",
-        "num_experts",
-        "top_k",
-        "expert_width",
-        "max_tokens",
-    ):
+    for field in family.sizes:
         value = values.get(field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             names = " or ".join(family.keys[field])
@@ -76,9 +76,13 @@ def parse_config(raw: Mapping[str, Any], layers: tuple[LayerShape, ...] | None =
             f"config.json: num_attention_heads ({values['num_heads']}) must be a multiple of "
             f"num_key_value_heads ({values['num_kv_heads']})"
         )
-    pooling = raw.get("classifier_pooling", "last")
-    if pooling not in POOLINGS:
-        raise CheckpointError(f"config.json: classifier_pooling is {pooling!r}, must be one of {', '.join(POOLINGS)}")
+    poolings = IMAGE_POOLINGS if family.reads_images else POOLINGS
+    pooling = raw.get("classifier_pooling", poolings[0])
+    if pooling not in poolings:
+        raise CheckpointError(f"config.json: classifier_pooling is {pooling!r}, must be one of {', '.join(poolings)}")
+    vision = _vision(values) if family.reads_images else None
+    if vision is not None:
+        values["max_tokens"] = _image_tokens(vision, pooling)
 
     shapes = layers or _uniform_layers(values)
     if len(shapes) != values["num_layers"]:
@@ -108,6 +112,7 @@ def parse_config(raw: Mapping[str, Any], layers: tuple[LayerShape, ...] | None =
         num_labels=len(parse_labels(raw)),
         pooling=pooling,
         layers=shapes,
+        vision=vision,
     )
 
 
@@ -147,6 +152,8 @@ def write_config(raw: Mapping[str, Any], config: ModelConfig, dtype: str) -> dic
     family = FAMILIES[config.family]
     written = {key: value for key, value in raw.items() if key not in ("secateur_family", "torch_dtype")}
     written["dtype"] = dtype
+    top_k = family.keys["top_k"]
+    written[next((key for key in top_k if raw.get(key) is not None), top_k[0])] = config.top_k
     if is_hugging_face(config):
         num_experts = max(layer.num_experts for layer in config.layers)
         written |= {key: num_experts for key in family.keys["num_experts"] if key in raw}
@@ -154,7 +161,7 @@ def write_config(raw: Mapping[str, Any], config: ModelConfig, dtype: str) -> dic
     return written | {
         "model_type": OWN_MODEL_TYPE,
         "secateur_family": family.name,
-        "architectures": ["SecateurForSequenceClassification"],
+        "architectures": [OWN_ARCHITECTURES[family.reads_images]],
     }
 
 
@@ -162,14 +169,20 @@ def is_hugging_face(config: ModelConfig) -> bool:
     """True if transformers computes the same logits from this architecture.
 
     Its classifiers read the last token, and every MoE layer holds the same number of experts, each under its own row.
+    It has no V-MoE.
     """
     experts = {config.layers[i] for i in config.moe_layers}
     is_uniform = len(experts) <= 1 and all(layer == LayerShape.unpruned(layer.num_experts) for layer in experts)
-    return is_uniform and config.pooling == "last"
+    return is_uniform and config.pooling == "last" and config.vision is None
 
 
 def _uniform_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
     moe, dense = LayerShape.unpruned(values["num_experts"]), LayerShape(0, ())
+    if "moe_layers" in values:
+        chosen = values["moe_layers"]
+        if not isinstance(chosen, list) or not chosen or not set(chosen) <= set(range(values["num_layers"])):
+            raise CheckpointError(f"config.json: moe_layers is {chosen!r}, must list layers from 0 on")
+        return tuple(moe if index in chosen else dense for index in range(values["num_layers"]))
     step, dense_layers = values.get("sparse_step", 1), set(values.get("dense_layers", ()))
     return tuple(
         moe if index not in dense_layers and (index + 1) % step == 0 else dense for index in range(values["num_layers"])
@@ -188,3 +201,33 @@ def _max_tokens(raw: Mapping[str, Any], positions: int) -> int:
     """Full attention equals sliding-window attention up to the window, so a window only shortens the longest input."""
     window = raw.get("sliding_window")
     return min(positions, window) if window and raw.get("use_sliding_window", True) else positions
+
+
+def _vision(values: Mapping[str, Any]) -> Vision:
+    """The keys that say how an image becomes tokens. Raises CheckpointError naming the one that is wrong."""
+    size = values.get("image_size")
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    patch, channels, capacity = values["patch"], values["channels"], values["capacity"]
+    if type(height) is not int or type(width) is not int or min(height, width) < 1 or height % patch or width % patch:
+        raise CheckpointError(
+            f"config.json: image_size is {size!r}, must be a multiple of patch_size ({patch}), or two"
+        )
+    if channels not in (1, 3):
+        raise CheckpointError(f"config.json: num_channels is {channels}, must be 1 (grey) or 3 (red, green, blue)")
+    if type(capacity) is not int or capacity < 0:
+        raise CheckpointError(f"config.json: expert_capacity is {capacity!r}, must be 0 or tokens per expert and image")
+    for key in ("mean", "std"):
+        given = values.get(key)
+        numbers = given if isinstance(given, list) else []
+        if len(numbers) != channels or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise CheckpointError(f"config.json: image_{key} is {given!r}, must be a number for each channel")
+    if not all(std > 0 for std in values["std"]):
+        raise CheckpointError(f"config.json: image_std is {values['std']!r}, must be above 0")
+    return Vision(height, width, patch, channels, tuple(values["mean"]), tuple(values["std"]), capacity)
+
+
+def _image_tokens(vision: Vision, pooling: str) -> int:
+    tokens = vision.num_patches + (pooling == "first")
+    if vision.capacity > tokens:
+        raise CheckpointError(f"config.json: expert_capacity is {vision.capacity}, an image has only {tokens} tokens")
+    return tokens

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from models.config import LayerShape, Semantics
+from models.config import Compression, LayerShape, Semantics
 from models.errors import CheckpointError
 from models.hf_config import read_json
 
@@ -26,13 +26,18 @@ class _Frozen(BaseModel):
 
 class Layer(_Frozen):
     """One layer: experts before pruning, which of them were kept (or are the heads of merges), and what each router
-    row now means. scores: the method's score per old expert, higher is kept; empty for a parent."""
+    row now means. scores: the method's score per old expert, higher is kept; empty for a parent. By the calibration
+    data, kept_slots is the share of routed pairs that still run an expert, lost_tokens of tokens without any.
+    compression: how the experts' matrices are stored, if not as they are."""
 
     total: int
     num_experts: int
     kept: tuple[int, ...]
     route: tuple[int, ...]
     scores: tuple[float, ...] = ()
+    kept_slots: float | None = None
+    lost_tokens: float | None = None
+    compression: Compression | None = None
 
     @model_validator(mode="after")
     def _route_reaches_the_experts(self) -> "Layer":
@@ -45,7 +50,7 @@ class Layer(_Frozen):
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape(self.num_experts, self.route)
+        return LayerShape(self.num_experts, self.route, self.compression)
 
 
 class Source(_Frozen):
@@ -65,18 +70,33 @@ class Rows(_Frozen):
     sha256: str
 
 
+class ClassAccuracy(_Frozen):
+    """Recall of one class by parent and child on the same rows, as fractions."""
+
+    label: str
+    rows: int
+    parent: float
+    child: float
+
+
 class Accuracy(_Frozen):
-    """Accuracy of parent and child on the same rows, as fractions; parent is None for a model that was trained here."""
+    """Accuracy of parent and child on the same rows, as fractions; parent is None for a model that was trained here.
+
+    agreement: the share of rows that both give the same label; classes: each one's recall. Empty for a trained model.
+    """
 
     data: Rows
     child: float
     parent: float | None = None
+    agreement: float | None = None
+    classes: tuple[ClassAccuracy, ...] = ()
 
 
 class Golden(_Frozen):
-    """A fixed input and the float32 logits it must give."""
+    """A fixed input, a text or the name of a drawn image (models.images), and the float32 logits it must give."""
 
-    text: str
+    text: str = ""
+    image: str = ""
     logits: tuple[float, ...]
 
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
+
+from models.compressed import NAMES
 
 PARTS = ("experts", "router", "attention", "embedding", "head", "other")
 
@@ -10,9 +13,14 @@ PARTS = ("experts", "router", "attention", "embedding", "head", "other")
 PART_OF = {
     "w_in_PGD": "experts",
     "w_out_PDF": "experts",
+    **dict.fromkeys(NAMES, "experts"),
     "const_CD": "experts",
+    "b_in_PG": "experts",
+    "b_out_PD": "experts",
     "w_dense_in": "other",
     "w_dense_out": "other",
+    "b_dense_in": "other",
+    "b_dense_out": "other",
     "w_shared_in": "other",
     "w_shared_out": "other",
     "w_shared_gate": "other",
@@ -20,19 +28,35 @@ PART_OF = {
     "w_qkv": "attention",
     "b_qkv": "attention",
     "w_o": "attention",
+    "b_o": "attention",
     "q_norm": "attention",
     "k_norm": "attention",
     "embedding_VD": "embedding",
+    "w_patch": "embedding",
+    "b_patch_D": "embedding",
+    "class_1D": "embedding",
+    "position_LD": "embedding",
     "score_CD": "head",
+    "b_score_C": "head",
 }
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes per part that the model needs when served alone: numel * itemsize, a tied parameter once."""
     sizes = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters(remove_duplicate=True):
-        sizes[PART_OF.get(name.rsplit(".", 1)[-1], "other")] += parameter.numel() * parameter.element_size()
+    for name, tensor in (*model.named_parameters(remove_duplicate=True), *_stored_buffers(model)):
+        sizes[PART_OF.get(name.rsplit(".", 1)[-1], "other")] += tensor.numel() * tensor.element_size()
     return sizes
+
+
+def stored_bytes(model: nn.Module, itemsize: int) -> int:
+    """Bytes of the weights in a file that takes `itemsize` for each parameter; masks and indices have their own."""
+    return num_parameters(model) * itemsize + sum(b.numel() * b.element_size() for _, b in _stored_buffers(model))
+
+
+def _stored_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the weights, and are not derived from them."""
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.rsplit(".", 1)[-1] in PART_OF]
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -68,6 +68,10 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return int(self.ids_T.shape[0])
 
+    @property
+    def device(self) -> torch.device:
+        return self.ids_T.device
+
 
 def _group(lengths: tuple[int, ...], length_B: torch.Tensor, start_B: torch.Tensor) -> tuple[list[Group], torch.Tensor]:
     """Sequences whose lengths share a power of two: at most half of a group is padding, and groups are few."""

@@ -1,20 +1,26 @@
 """Text to token ids, through the checkpoint's own tokenizer.json."""
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Literal, TypeVar
 
 from tokenizers import Tokenizer
 
-from models.errors import CheckpointError
+from models.errors import CheckpointError, DataError
 
 TOKENIZER_FILE = "tokenizer.json"
+Item = TypeVar("Item", bound=Sized, covariant=True)
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """ids: token ids after truncation, special tokens included. length: tokens before truncation."""
+class Encoded(Generic[Item]):
+    """ids: the item as the model reads it, after truncation; for text its token ids, special tokens included.
 
-    ids: tuple[int, ...]
+    length: tokens before truncation.
+    """
+
+    ids: Item
     length: int
 
     @property
@@ -28,6 +34,8 @@ class TextEncoder:
     Saved padding and truncation settings are reset: the model's length decides, and a packed batch has no padding.
     Raises CheckpointError if the file is unreadable or knows more ids than the model has embeddings.
     """
+
+    reads: Literal["text"] = "text"
 
     def __init__(self, file: Path, max_tokens: int, vocab_size: int) -> None:
         if not file.is_file():
@@ -45,11 +53,13 @@ class TextEncoder:
                 f"{TOKENIZER_FILE} has ids up to {highest}, but the model has only {vocab_size} embeddings"
             )
 
-    def encode(self, text: str, max_tokens: int | None = None) -> Encoded:
+    def encode(self, text: object, max_tokens: int | None = None) -> Encoded[tuple[int, ...]]:
         """Token ids of a text, at most `max_tokens` if that is less than the model's length.
 
-        Special tokens are kept when the end is cut. Raises ValueError on lone surrogates.
+        Special tokens are kept when the end is cut. Raises ValueError on lone surrogates, DataError for no text.
         """
+        if not isinstance(text, str):
+            raise DataError("this model reads text, not images")
         limit = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens)
         ids = self._tokenizer.encode(text).ids
         if len(ids) <= limit:

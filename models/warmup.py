@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import torch
 
-from models.decoder import MoEClassifier
+from models.classifier import Classifier
 
 log = logging.getLogger("secateur.warmup")
 
 
-def warm_up(model: MoEClassifier, max_tokens: int, max_items: int) -> None:
+def warm_up(model: Classifier, max_tokens: int, max_items: int) -> None:
     """Classify one batch of each size up to the largest that will be served; on a CPU, nothing is left to compile.
 
     A size that does not fit into the device's memory ends the warm-up with a warning: serving splits such batches.
@@ -26,7 +26,7 @@ def warm_up(model: MoEClassifier, max_tokens: int, max_items: int) -> None:
     for tokens in token_buckets(max_tokens):
         started = time.monotonic()
         try:
-            model.classify(batch_of(tokens, max_items, model.config.max_tokens))
+            model.classify(model.blanks(tokens, max_items))
         except torch.OutOfMemoryError:
             log.warning("no memory for a batch of %d tokens: larger batches will be split", tokens)
             return
@@ -44,12 +44,3 @@ def token_buckets(max_tokens: int) -> Iterator[int]:
         yield tokens
         tokens *= 2
     yield max_tokens
-
-
-def batch_of(tokens: int, max_items: int, max_length: int) -> list[list[int]]:
-    """`tokens` tokens in up to `max_items` sequences, more if each would exceed `max_length`, of nearly equal length.
-
-    Many sequences, because the last layer may run for one token of each: it then meets its sizes too.
-    """
-    items = max(min(tokens, max_items), -(-tokens // max_length))
-    return [[0] * (tokens // items + (item < tokens % items)) for item in range(items)]

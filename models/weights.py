@@ -1,7 +1,8 @@
 """Safetensors in and out: each tensor goes from the mapped file straight into its place in a stacked parameter.
 
 A family's table says which names make up which parameter; here that table is expanded for one model into places, and
-the same places serve reading and writing. Legend: parameters as in models.decoder.
+the same places serve reading and writing. Legend: parameters as in models.decoder
+and models.vision.
 """
 
 import re
@@ -14,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from models.architecture import layer_parameters, outer_parameters
+from models.classifier import Classifier
+from models.compressed import NAMES, check_contents, compressed_buffers, file_names
 from models.config import ModelConfig
-from models.decoder import MoEClassifier, layer_parameters, outer_parameters
 from models.errors import CheckpointError
 from models.families import FAMILIES
 from models.hf_config import read_json
@@ -23,6 +26,10 @@ from models.hf_config import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FOREIGN_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+FLOATS = ("F32", "F16", "BF16")
+INTEGERS = {torch.uint8: ("U8",), torch.int32: ("I32",)}
+# Bytes of one number of each kind that we store.
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I32": 4}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Tensors that old writers store and nobody reads.
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|^lm_head\.weight$")
@@ -50,8 +57,9 @@ def places(config: ModelConfig) -> Iterator[Place]:
     for name, size in outer_parameters(config).items():
         yield from _parameter_places(config, name, name, parameters[name], size, {})
     for index in range(config.num_layers):
-        for short, size in layer_parameters(config, index).items():
-            names = parameters[f"layers.{{layer}}.{short}"]
+        buffers = {name: size for name, (size, _) in compressed_buffers(config, config.layers[index]).items()}
+        for short, size in (layer_parameters(config, index) | buffers).items():
+            names = file_names(parameters, short) if short in NAMES else parameters[f"layers.{{layer}}.{short}"]
             yield from _parameter_places(config, f"layers.{index}.{short}", short, names, size, {"layer": index})
 
 
@@ -123,7 +131,7 @@ def tensor_headers(files: tuple[Path, ...]) -> dict[str, tuple[Path, tuple[int, 
     return found
 
 
-def load_weights(model: MoEClassifier, files: tuple[Path, ...], without: tuple[str, ...] = ()) -> None:
+def load_weights(model: Classifier, files: tuple[Path, ...], without: tuple[str, ...] = ()) -> None:
     """Fill every parameter of the model but those in `without` from the files, converting to the parameter's dtype.
 
     One tensor is mapped at a time and unmapped after it was copied, so the peak is the model plus its largest tensor.
@@ -132,6 +140,7 @@ def load_weights(model: MoEClassifier, files: tuple[Path, ...], without: tuple[s
     found = tensor_headers(files)
     skipped = {place.name for place in places(model.config) if place.parameter in without}
     wanted = {place.name: place for place in places(model.config) if place.name not in skipped}
+    tensors = _tensors(model)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(f"tensor {missing[0]} is missing{_and_more(missing)}: the checkpoint is incomplete")
@@ -141,17 +150,19 @@ def load_weights(model: MoEClassifier, files: tuple[Path, ...], without: tuple[s
     for name, place in wanted.items():
         if found[name][1] != place.shape:
             raise CheckpointError(f"tensor {name} has shape {list(found[name][1])}, must be {list(place.shape)}")
-        if found[name][2] not in ("F32", "F16", "BF16"):
-            raise CheckpointError(f"tensor {name} has dtype {found[name][2]}, must be F32, F16 or BF16")
+        allowed = INTEGERS.get(tensors[place.parameter].dtype, FLOATS)
+        if found[name][2] not in allowed:
+            raise CheckpointError(f"tensor {name} has dtype {found[name][2]}, must be {_listed(allowed)}")
 
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     with torch.no_grad():
         for name, place in wanted.items():
-            target = place.view(parameters)
+            target = place.view(tensors)
             with safe_open(found[name][0], framework="pt") as handle:
                 target.copy_(handle.get_tensor(name))
             if not torch.isfinite(target).all():
                 raise CheckpointError(f"tensor {name} holds NaN or infinite values")
+    for index, layer in enumerate(model.layers):
+        check_contents(model.config, index, dict(layer.named_buffers()))
 
 
 def read_tensors(files: tuple[Path, ...], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -167,22 +178,31 @@ def read_tensors(files: tuple[Path, ...], names: tuple[str, ...]) -> dict[str, t
 
 
 def save_weights(
-    model: MoEClassifier,
+    model: Classifier,
     file: Path,
     dtype: torch.dtype,
     without: tuple[str, ...] = (),
     extra: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write every parameter but those in `without`, and `extra` tensors, in `dtype`, as one safetensors file."""
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-    named = {p.name: p.view(parameters) for p in places(model.config) if p.parameter not in without} | dict(extra or {})
-    tensors = {name: t.detach().to(device="cpu", dtype=dtype).contiguous().clone() for name, t in named.items()}
+    """Write every parameter but those in `without`, and `extra` tensors, in `dtype`, as one safetensors file.
+
+    Masks and indices of compressed experts go with them, as the integers they are.
+    """
+    whole = _tensors(model)
+    named = {p.name: p.view(whole) for p in places(model.config) if p.parameter not in without} | dict(extra or {})
+    kinds = {name: dtype if t.is_floating_point() else t.dtype for name, t in named.items()}
+    tensors = {name: t.detach().to(device="cpu", dtype=kinds[name]).contiguous().clone() for name, t in named.items()}
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _tensors(model: Classifier) -> dict[str, torch.Tensor]:
+    """Parameters, and the masks and indices of compressed experts, by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def stored_dtype(files: tuple[Path, ...]) -> str:
     """The dtype of the widest stored weight, in torch's words; what `dtype: auto` resolves against."""
-    kinds = {dtype for _, _, dtype in tensor_headers(files).values()}
+    kinds = {dtype for _, _, dtype in tensor_headers(files).values()} & set(FLOATS)
     return "float32" if "F32" in kinds else "float16" if kinds == {"F16"} else "bfloat16"
 
 
@@ -200,6 +220,10 @@ def choose_dtype(requested: str, stored: str, device: str) -> torch.dtype:
 def _has_bf16_matrix_units() -> bool:
     probe: Any = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, hence guarded
     return bool(probe and probe())
+
+
+def _listed(kinds: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
 
 
 def _and_more(names: list[str]) -> str:

@@ -20,7 +20,7 @@ from service.metrics import MAX_LABEL_SERIES, Metrics
 from service.middleware import Exchange, exchange_of
 from service.prediction import ACTIVATIONS, DEFAULT_THRESHOLD, MULTI_LABEL, predict
 from service.runtime import Runtime, runtime_of
-from service.schemas import Query
+from service.schemas import Query, check_kind
 from service.selection import Selection, select
 from service.ticket import Ticket
 
@@ -46,6 +46,7 @@ async def classify(request: Request, query: Query, document_of: Callable[[Answer
     deployment, code = selection.intended, 500
     try:
         deployment = selection.serving()
+        check_kind(query, deployment.checkpoint.encoder.reads, settings.limits)
         _check_threshold(query, deployment)
         ticket = runtime.engine.submit(deployment, query, deadline, exchange.request_id)
         await _wait(ticket, runtime.engine, request.receive)

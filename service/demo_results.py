@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from service.demo import DEMO, RANDOM_SEEDS
+from service.demo import BEYOND, DEMO, FEWEST, RANDOM_SEEDS, TASKS
 
 RESULTS = DEMO / "results.json"
 BASELINES = DEMO / "baselines.json"
@@ -14,8 +14,6 @@ ROWS = (
     ("slice", "router-norm change, `slice`"),
     ("recovered", "router-norm change, `zero`, recovered"),
     ("frequency", "frequency, `zero`"),
-    ("beyond-2", "router-norm change, `zero`, 4 of 16"),
-    ("beyond-4", "router-norm change, `zero`, 2 of 16"),
 )
 
 
@@ -27,8 +25,9 @@ def results_table(results: Path = RESULTS, baselines: Path = BASELINES) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task, variants in measured.items():
-        lines.append(_line(task, "TF-IDF + linear", linear[task]))
-        lines += [_line(task, label, variants[key]) for key, label in ROWS]
+        if task in linear:
+            lines.append(_line(task, "TF-IDF + linear", linear[task]))
+        lines += [_line(task, label, variants[key]) for key, label in (*ROWS, *_beyond(task).items())]
         trials = [variants[f"random-{seed}"] for seed in RANDOM_SEEDS]
         low, high = (100 * f(t["accuracy"] for t in trials) for f in (min, max))
         worst, best = (100 * f(t["against_full"]["difference"] for t in trials) for f in (min, max))
@@ -37,6 +36,13 @@ def results_table(results: Path = RESULTS, baselines: Path = BASELINES) -> str:
             f"| | {trials[0]['parameters']:,} | |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _beyond(name: str) -> dict[str, str]:
+    """The deeper cuts of a task, each number of experts once."""
+    (task,) = [task for task in TASKS if task.name == name]
+    counts = {max(task.keep // share, FEWEST): f"beyond-{share}" for share in reversed(BEYOND)}
+    return {counts[n]: f"router-norm change, `zero`, {n} of {task.experts}" for n in sorted(counts, reverse=True)}
 
 
 def _line(task: str, label: str, figures: dict[str, Any]) -> str:

@@ -161,7 +161,7 @@ class Registry:
         if checkpoint.encoder.max_tokens > deployment.max_batch_tokens:
             raise LoadError(
                 "batch_too_small",
-                f"max_batch_tokens is {deployment.max_batch_tokens}, one text may have {checkpoint.encoder.max_tokens}",
+                f"max_batch_tokens is {deployment.max_batch_tokens}, an input may have {checkpoint.encoder.max_tokens}",
             )
         reference = self.tasks[deployment.task].reference
         if reference is not None:

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from models.checkpoint import Encoder
+from models.images import ImageError
 from service.admission import Slots
 from service.batching import Batch
 from service.deployments import Deployment
@@ -21,7 +23,7 @@ from service.errors import ApiError, ClientClosedError
 from service.forward import Failure, Ran, run
 from service.lane import Counts, Lane
 from service.metrics import Metrics
-from service.schemas import Query
+from service.schemas import Picture, Query
 from service.sections import EngineSettings, Limits
 from service.ticket import Clock, Item, Outcome, Ticket
 
@@ -52,6 +54,7 @@ class Engine:
     ) -> None:
         self.slots = Slots(limits.max_queue_items, limits.max_queue_chars)
         self._settings = settings
+        self._max_pixels = limits.max_pixels
         self._metrics = metrics
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -80,13 +83,13 @@ class Engine:
             raise _engine_failed()
         if self._refusing:
             raise _draining()
-        items = len(query.texts)
-        if not self.slots.reserve(items, sum(map(len, query.texts))):
+        items = len(query.inputs)
+        if not self.slots.reserve(items, sum(map(len, query.inputs))):
             raise ApiError("overloaded", "too much work is waiting", retry_after_seconds=self._wait_seconds())
         now = self._clock()
         ticket = Ticket(deployment, query, request_id, deadline, now, self._loop.create_future())
-        ticket.items = [Item(ticket, index, len(text)) for index, text in enumerate(query.texts)]
-        ticket.rows = [[] for _ in query.texts]
+        ticket.items = [Item(ticket, index, len(given)) for index, given in enumerate(query.inputs)]
+        ticket.rows = [[] for _ in query.inputs]
         ticket.missing = ticket.inside = items
         self.admitted += items
         self._open.add(ticket)
@@ -142,14 +145,13 @@ class Engine:
         encoder = ticket.deployment.checkpoint.encoder
         try:
             for item in ticket.items:
-                encoded = encoder.encode(ticket.query.texts[item.index], ticket.query.max_tokens)
-                item.ids, item.length = encoded.ids, encoded.length
+                _encode(item, encoder, self._max_pixels)
                 _check_length(item, encoder.max_tokens)
         except ApiError as error:
             self._post(self._reject, ticket, "client_error", error)
         except Exception as error:
             log.error("tokenizer failed: %s", type(error).__name__, extra={"request_id": ticket.request_id})
-            self._post(self._reject, ticket, "failed", ApiError("internal", "the text could not be tokenised"))
+            self._post(self._reject, ticket, "failed", ApiError("internal", "the input could not be read"))
         else:
             ticket.tokenized_at = self._clock()
             self._lane.put(ticket.deployment, ticket.items)
@@ -291,10 +293,23 @@ def _draining() -> ApiError:
     return ApiError("draining", "the service is shutting down")
 
 
+def _encode(item: Item, encoder: Encoder, max_pixels: int) -> None:
+    query = item.ticket.query
+    given, param = query.inputs[item.index], f"{query.field}[{item.index}]"
+    source = given.data if isinstance(given, Picture) else given
+    try:
+        encoded = encoder.encode(source, query.max_tokens if encoder.reads == "text" else max_pixels)
+    except ImageError as error:
+        raise ApiError(
+            "image_too_large" if error.is_too_large else "invalid_image", f"{param} {error.problem}", param
+        ) from None
+    item.ids, item.length = encoded.ids, encoded.length
+
+
 def _check_length(item: Item, max_tokens: int) -> None:
     query = item.ticket.query
     param = f"{query.field}[{item.index}]"
-    if not item.ids:
+    if not item.tokens:
         raise ApiError("empty_input", f"{param} has no tokens", param)
     if item.truncated and not query.truncate:
         message = f"{param} has {item.length} tokens, the model reads {max_tokens}"

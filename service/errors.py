@@ -21,6 +21,7 @@ _INTERNAL, _UNAVAILABLE = "internal_error", "unavailable_error"
 
 ERRORS: dict[str, Kind] = {
     "invalid_json": Kind(400, _INVALID, "body"),
+    "invalid_form": Kind(400, _INVALID, "body"),
     "route_not_found": Kind(404, _NOT_FOUND),
     "task_not_found": Kind(404, _NOT_FOUND),
     "variant_not_found": Kind(404, _NOT_FOUND),
@@ -40,6 +41,8 @@ ERRORS: dict[str, Kind] = {
     "text_too_long": Kind(422, _INVALID, "validation"),
     "input_too_long": Kind(422, _INVALID, "validation"),
     "invalid_text": Kind(422, _INVALID, "validation"),
+    "invalid_image": Kind(422, _INVALID, "validation"),
+    "image_too_large": Kind(422, _INVALID, "validation"),
     "pairs_not_supported": Kind(422, _INVALID, "validation"),
     "token_ids_not_supported": Kind(422, _INVALID, "validation"),
     "overloaded": Kind(429, "overloaded_error", "overloaded"),

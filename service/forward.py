@@ -1,16 +1,16 @@
 """One forward pass over a batch, with failures kept to the items that cause them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from models.decoder import MoEClassifier
+from models.classifier import Classifier
 
 BatchOutcome = Literal["ok", "split", "retried", "failed"]
-Ids = Sequence[int]
+Ids = Sized
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Ran:
     dropped_slots: int = 0
 
 
-def run(model: MoEClassifier, sequences: list[Ids]) -> Ran:
+def run(model: Classifier, sequences: list[Ids]) -> Ran:
     """Classify the sequences in one pass; isolate what fails.
 
     Out of memory: halve, down to one item. Any other exception: rerun each item alone once. A broken device
@@ -48,7 +48,7 @@ def run(model: MoEClassifier, sequences: list[Ids]) -> Ran:
         return _one_by_one(model, sequences)
 
 
-def _pass(model: MoEClassifier, sequences: list[Ids]) -> Ran:
+def _pass(model: Classifier, sequences: list[Ids]) -> Ran:
     output = model.classify(sequences)
     rows: list[list[float]] = output.logits_BC.tolist()
     if len(rows) != len(sequences):
@@ -62,14 +62,14 @@ def _checked(row: list[float]) -> list[float] | Failure:
     return Failure("invalid_output", kind="nan" if any(map(math.isnan, row)) else "inf")
 
 
-def _halves(model: MoEClassifier, sequences: list[Ids], error: Exception) -> Ran:
+def _halves(model: Classifier, sequences: list[Ids], error: Exception) -> Ran:
     if len(sequences) == 1:
         return Ran([Failure("out_of_memory", error)], "failed")
     middle = len(sequences) // 2
     return _joined([run(model, sequences[:middle]), run(model, sequences[middle:])], "split")
 
 
-def _one_by_one(model: MoEClassifier, sequences: list[Ids]) -> Ran:
+def _one_by_one(model: Classifier, sequences: list[Ids]) -> Ran:
     runs: list[Ran] = []
     for sequence in sequences:
         try:

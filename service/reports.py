@@ -84,6 +84,7 @@ def _task(task: Task) -> dict[str, Any]:
         "labels": checkpoint.labels if checkpoint else None,
         "problem_type": checkpoint.problem_type if checkpoint else None,
         "activation": default_activation(checkpoint) if checkpoint else None,
+        "reads": checkpoint.encoder.reads if checkpoint else None,
         "max_tokens": checkpoint.encoder.max_tokens if checkpoint else None,
         "full": task.full.name,
         "default": task.default.name,

@@ -24,12 +24,22 @@ from service.answers import (
     predict_document,
     v1_document,
 )
-from service.body import read_json
+from service.body import is_form, read_form, read_json
 from service.classification import classify
 from service.errors import ApiError
 from service.jsonio import JSONAnswer
 from service.runtime import runtime_of
-from service.schemas import ClassifyRequest, ClassifyV1Request, PredictRequest, Query, Shape, check_texts, parse
+from service.schemas import (
+    FORM_IMAGE,
+    ClassifyRequest,
+    ClassifyV1Request,
+    PredictRequest,
+    Query,
+    Shape,
+    check_inputs,
+    parse,
+    parse_form,
+)
 
 STARTED = int(time.time())
 TEXT = {"schema": {"type": "string"}}
@@ -42,15 +52,28 @@ def _body(shape: type[Shape]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": shape.model_json_schema()}}}}
 
 
+def _classify_body() -> dict[str, Any]:
+    """As `_body`, for JSON or a form with one or more images, in which the other fields are text."""
+    described = _body(ClassifyRequest)
+    fields = {name: TEXT["schema"] for name in ClassifyRequest.model_fields if name != "inputs"}
+    image = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+    form = {"type": "object", "properties": {FORM_IMAGE: image, **fields}, "required": [FORM_IMAGE]}
+    described["requestBody"]["content"]["multipart/form-data"] = {"schema": form}
+    return described
+
+
 async def _query(request: Request, shape: type[Shape]) -> Query:
     limits = runtime_of(request).settings.limits
-    query = parse(shape, await read_json(request, limits), request.query_params.get("task"))
-    check_texts(query, limits)
+    if shape is ClassifyRequest and is_form(request):
+        query = parse_form(await read_form(request, limits, limits.max_inputs + len(ClassifyRequest.model_fields)))
+    else:
+        query = parse(shape, await read_json(request, limits), request.query_params.get("task"))
+    check_inputs(query, limits)
     return query
 
 
 async def post_classify(request: Request) -> Response:
-    """Classify texts with a task's deployment."""
+    """Classify texts or images with a task's deployment."""
     return await classify(request, await _query(request, ClassifyRequest), classify_document)
 
 
@@ -126,7 +149,7 @@ class Row:
 
 
 ROUTES = (
-    Row("POST", "/classify", post_classify, ClassifyResponse, _body(ClassifyRequest)),
+    Row("POST", "/classify", post_classify, ClassifyResponse, _classify_body()),
     Row("POST", "/v1/classify", post_v1_classify, ClassifyV1Response, _body(ClassifyV1Request) | TASK),
     Row("POST", "/predict", post_predict, list[Score] | list[list[Score]], _body(PredictRequest) | TASK),
     Row("GET", "/livez", get_livez),

@@ -1,14 +1,18 @@
 """The three request shapes, and the one Query they all become. Nothing is coerced, unknown fields are refused."""
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Self
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -16,19 +20,34 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from service.errors import ERRORS, ApiError
+from service.multipart import Part
 from service.prediction import Activation
 from service.sections import Limits
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image as it came: the bytes of a file, or base64 of them. Its length is what it takes in a queue."""
+
+    data: bytes | str = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+# A string is what the task reads: a text, or base64 of an image.
+Input = str | Picture
+
+
+@dataclass(frozen=True)
 class Query:
-    """What a request asks, whatever its shape. field: the name under which its texts came; is_batch: as a list.
+    """What a request asks, whatever its shape. field: the name under which its inputs came; is_batch: as a list.
 
     variant: `auto`, `full` or a deployment of the task. model: a deployment or task by one name, or None.
     max_tokens: cut texts here if the model would read more; None: at the model's length.
     """
 
-    texts: list[str]
+    inputs: Sequence[Input]
     field: str = "inputs"
     is_batch: bool = False
     task: str | None = None
@@ -43,7 +62,7 @@ class Query:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict) else value
 
 
 def _no_token_ids(value: Any) -> Any:
@@ -85,10 +104,27 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+class ImageBody(Body):
+    """An image among the inputs: base64 of a PNG, JPEG or WebP file, bare or as a data: URI."""
+
+    image: str
+
+
+def _tag(value: Any) -> str:
+    return IMAGE_TAG if isinstance(value, dict | ImageBody) else TEXT_TAG
+
+
+# Names that pydantic puts into the path of an error; no part of the document has them.
+TEXT_TAG, IMAGE_TAG = "#text", "#image"
+Given = Annotated[Annotated[Text, Tag(TEXT_TAG)] | Annotated[ImageBody, Tag(IMAGE_TAG)], Discriminator(_tag)]
+
+
 class ClassifyRequest(Body):
     """`POST /classify`. `input` is an alias of `inputs`, `model` of `variant` (a deployment or a task)."""
 
-    inputs: Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+    inputs: Annotated[
+        list[Given], BeforeValidator(_as_list, json_schema_input_type=str | ImageBody | list[str | ImageBody])
+    ]
     task: str | None = None
     variant: str = "auto"
     model: str | None = None
@@ -113,7 +149,7 @@ class ClassifyRequest(Body):
         if task is not None:
             raise ApiError("validation_failed", "name the task in the body", "task")
         return Query(
-            self.inputs,
+            [given if isinstance(given, str) else Picture(given.image) for given in self.inputs],
             task=self.task,
             variant=self.variant,
             model=self.model,
@@ -194,6 +230,7 @@ class PredictRequest(NoOps):
         )
 
 
+FORM_IMAGE = "image"
 Shape = ClassifyRequest | ClassifyV1Request | PredictRequest
 # Pydantic's error types that have a code of their own; the custom types above are codes already.
 _CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
@@ -216,22 +253,69 @@ def parse(shape: type[Shape], document: Any, task: str | None) -> Query:
     raise ApiError(code, message or problem["msg"], _path(problem["loc"]) or None)
 
 
-def check_texts(query: Query, limits: Limits) -> None:
-    """Refuse a request whose texts are too many, empty, too long or not text. Raises ApiError (422)."""
-    if not query.texts:
+def parse_form(parts: Sequence[Part]) -> Query:
+    """Check the parts of a form against `/classify`: `image`, once or more, and the other fields as text.
+
+    Raises ApiError (422) for the first problem.
+    """
+    images = [Picture(part.content) for part in parts if part.name == FORM_IMAGE]
+    fields: dict[str, Any] = {}
+    for part in parts:
+        if part.name == FORM_IMAGE:
+            continue
+        if part.name in fields or part.name in ("inputs", "input"):
+            raise ApiError("validation_failed", f"send inputs as parts named {FORM_IMAGE}, and other fields once")
+        fields[part.name] = _read_field(part)
+    if not images:
+        raise ApiError("missing_field", f"the form has no part named {FORM_IMAGE}", FORM_IMAGE)
+    query = parse(ClassifyRequest, {**fields, "inputs": []}, None)
+    return replace(query, inputs=images, field=FORM_IMAGE, is_batch=True)
+
+
+def _read_field(part: Part) -> Any:
+    """A field's text as the type that JSON would have given it; what cannot be read is refused as text later."""
+    try:
+        text = part.content.decode()
+    except UnicodeDecodeError:
+        raise ApiError("invalid_text", "a field of the form is not UTF-8") from None
+    if part.name == "top_k" and re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    if part.name == "threshold" and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,17})?", text):
+        return float(text)
+    return {"true": True, "false": False}.get(text, text) if part.name == "truncate" else text
+
+
+def check_inputs(query: Query, limits: Limits) -> None:
+    """Refuse a request whose inputs are too many or empty. Raises ApiError (422)."""
+    if not query.inputs:
         raise ApiError("empty_inputs", f"{query.field} is empty", query.field)
-    if len(query.texts) > limits.max_inputs:
+    if len(query.inputs) > limits.max_inputs:
         raise ApiError("too_many_inputs", f"{query.field} has more than {limits.max_inputs} items", query.field)
-    for index, text in enumerate(query.texts):
+    for index, given in enumerate(query.inputs):
         param = f"{query.field}[{index}]"
-        if not text or text.isspace():
+        if not given or (isinstance(given, str) and given.isspace()):
             raise ApiError("empty_input", f"{param} is empty", param)
-        if len(text) > limits.max_chars:
+
+
+def check_kind(query: Query, reads: Literal["text", "image"], limits: Limits) -> None:
+    """Refuse images where texts are read, and texts that are too long; whether bytes are an image, decoding will tell.
+
+    Raises ApiError (422).
+    """
+    if reads == "image":
+        return
+    for index, given in enumerate(query.inputs):
+        param = f"{query.field}[{index}]"
+        if isinstance(given, Picture):
+            raise ApiError("invalid_text", f"{param} is an image, the task reads text", param)
+        if len(given) > limits.max_chars:
             raise ApiError("text_too_long", f"{param} has more than {limits.max_chars} characters", param)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for part in location:
+        if part in (TEXT_TAG, IMAGE_TAG):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path

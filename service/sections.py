@@ -131,6 +131,7 @@ class Limits(Section):
     max_body_bytes: int = Field(2_000_000, ge=1024)
     max_inputs: int = Field(128, ge=1)
     max_chars: int = Field(100_000, ge=1)
+    max_pixels: int = Field(25_000_000, ge=1)
     timeout_ms: int = Field(30_000, ge=1)
     body_timeout_s: float = Field(10, gt=0)
     max_queue_items: int = Field(512, ge=1)

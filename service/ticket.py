@@ -1,7 +1,7 @@
 """An admitted request and its items, from admission to the answer."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,15 +43,16 @@ class Ticket:
 
 @dataclass(eq=False, slots=True)
 class Item:
-    """One text of a request. order: its place in the order of arrival at the queues. failed: by its own fault.
+    """One input of a request. ids: what the encoder made of it, as long as it has tokens.
 
-    length: tokens before truncation. has_left: its slot has been given back.
+    order: its place in the order of arrival at the queues. failed: by its own fault. length: tokens before truncation.
+    has_left: its slot has been given back.
     """
 
     ticket: Ticket
     index: int
     chars: int
-    ids: tuple[int, ...] = ()
+    ids: Sized = ()
     length: int = 0
     order: int = 0
     failed: bool = False

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from models.pruning import METHODS
 from service.cli import app
 from service.demo_results import results_table
 from service.metrics import PREFIX, TABLE
@@ -171,3 +172,17 @@ def test_the_results_are_those_that_were_measured() -> None:
     shown = README.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
     table = "".join(line + "\n" for line in shown.splitlines() if line.startswith("|"))
     assert table == results_table()
+
+
+def test_the_page_of_methods_lists_every_method_with_its_meanings_and_options() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(METHODS)
+    for name, summary, meanings, _, options in rows:
+        method = METHODS[name.strip("`")]
+        assert summary == method.summary
+        assert meanings.split(", ") == list(method.semantics)
+        assert [option for option in options.split(", ") if option] == [
+            o.name.replace("_", "-") for o in method.options
+        ]
+    assert f"one of {len(METHODS)} methods" in README

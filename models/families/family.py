@@ -17,6 +17,8 @@ class Family:
     parameters    our parameter name (with {layer}) -> the checkpoint's names, stacked along rows in this order;
                   names with {expert} fill one expert each.
     architecture  the class name written to config.json.
+    sizes         our config fields that must be positive integers.
+    reads_images  whether inputs are images; else they are texts.
     """
 
     name: str
@@ -27,6 +29,17 @@ class Family:
     parameters: Mapping[str, tuple[str, ...]]
     qk_norm: QKNorm
     qkv_bias: bool
+    sizes: tuple[str, ...] = (
+        "vocab_size",
+        "width",
+        "num_layers",
+        "num_heads",
+        "num_experts",
+        "top_k",
+        "expert_width",
+        "max_tokens",
+    )
+    reads_images: bool = False
 
 
 COMMON_KEYS: Mapping[str, tuple[str, ...]] = {

@@ -9,7 +9,9 @@ from models.errors import CheckpointError, SecateurError
 from service.cli import demo
 from service.cli.checkpoints import classify, inspect
 from service.cli.evaluate import evaluate
+from service.cli.importing import import_vmoe
 from service.cli.output import note
+from service.cli.plan import plan
 from service.cli.prune import PruneCommand, prune
 from service.cli.serve import check_config, serve
 from service.cli.train import finetune, pretrain, recover
@@ -20,7 +22,8 @@ FAILURE = 1
 app = typer.Typer(
     name="secateur",
     help="Prune fine-tuned Mixture-of-Experts classifiers, prove that nothing was lost, serve what survives.",
-    epilog="Exit codes: 0 done, 1 a checkpoint is broken or failed its verification, 2 the request makes no sense.",
+    epilog="Exit codes: 0 done, 1 a checkpoint is broken or failed its verification, 2 the request makes no sense, "
+    "3 a plan found nothing that passes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,9 +34,11 @@ app.command("classify")(classify)
 app.command("inspect")(inspect)
 app.command("evaluate")(evaluate)
 app.command("prune", cls=PruneCommand)(prune)
+app.command("plan")(plan)
 app.command("pretrain")(pretrain)
 app.command("finetune")(finetune)
 app.command("recover")(recover)
+app.command("import-vmoe")(import_vmoe)
 app.add_typer(demo.app, name="demo")
 app.command("check-config")(check_config)
 

@@ -1,5 +1,6 @@
 """Look at a checkpoint: what it holds, and what it answers."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,25 +15,28 @@ if TYPE_CHECKING:
 
 def classify(
     checkpoint: CheckpointDir,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="The texts to classify.")],
-    top_k: Annotated[int, typer.Option(min=1, help="Scores to show per text; 1 shows the label alone.")] = 3,
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="The texts to classify, or the files of images.")
+    ],
+    top_k: Annotated[int, typer.Option(min=1, help="Scores to show per input; 1 shows the label alone.")] = 3,
     as_json: JsonFlag = False,
 ) -> None:
-    """Label texts with a checkpoint, without a server.
+    """Label texts or images with a checkpoint, without a server.
 
     \b
     Example:
       secateur classify demo/checkpoints/language/full "Der Eintrag wurde gespeichert"
     """
-    _check_texts(texts)
+    _check_inputs(inputs)
     from models.checkpoint import load_checkpoint
     from service.prediction import DEFAULT_ACTIVATION, DEFAULT_THRESHOLD, predict
 
     loaded = load_checkpoint(checkpoint)
-    encoded = [loaded.encoder.encode(text) for text in texts]
+    sources = [_image_file(file) for file in inputs] if loaded.encoder.reads == "image" else inputs
+    encoded = [loaded.encoder.encode(source) for source in sources]
     for number, item in enumerate(encoded, start=1):
-        if not item.ids:
-            raise DataError(f"TEXT {number} has no tokens in the vocabulary of {checkpoint.name}")
+        if not len(item.ids):
+            raise DataError(f"INPUT {number} has no tokens in the vocabulary of {checkpoint.name}")
     output = loaded.model.classify([item.ids for item in encoded])
     activation = DEFAULT_ACTIVATION[loaded.problem_type]
     data = []
@@ -54,9 +58,9 @@ def classify(
     if as_json:
         print_json({"checkpoint": loaded.path.name, "activation": activation, "data": data})
         return
-    for text, answer in zip(texts, data, strict=True):
+    for given, answer in zip(inputs, data, strict=True):
         cut = f", cut to {answer['tokens']} tokens" if answer["truncated"] else ""
-        print_table(f"{text[:60]!r}{cut}", ("label", "score"), _score_rows(answer))
+        print_table(f"{given[:60]!r}{cut}", ("label", "score"), _score_rows(answer))
 
 
 def inspect(
@@ -85,12 +89,19 @@ def inspect(
         note("verified" if loaded.manifest else "nothing to verify: the checkpoint has no secateur.json")
 
 
-def _check_texts(texts: list[str]) -> None:
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            raise DataError(f"TEXT {number} is empty: give at least one character that is not white space")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"TEXT {number} is not valid UTF-8")
+def _check_inputs(inputs: list[str]) -> None:
+    for number, given in enumerate(inputs, start=1):
+        if not given.strip():
+            raise DataError(f"INPUT {number} is empty: give at least one character that is not white space")
+        if any("\ud800" <= character <= "\udfff" for character in given):
+            raise DataError(f"INPUT {number} is not valid UTF-8")
+
+
+def _image_file(name: str) -> bytes:
+    file = Path(name)
+    if not file.is_file():
+        raise DataError(f"{name} is not a file: this checkpoint reads images, give PNG, JPEG or WebP files")
+    return file.read_bytes()
 
 
 def _score_rows(answer: dict[str, Any]) -> list[tuple[str, str]]:
@@ -106,6 +117,7 @@ def _facts(loaded: "Checkpoint") -> dict[str, Any]:
         "family": loaded.model.config.family,
         "problem_type": loaded.problem_type,
         "labels": list(loaded.labels),
+        "reads": loaded.encoder.reads,
         "max_tokens": loaded.encoder.max_tokens,
         "top_k": loaded.model.config.top_k,
         "stored_dtype": loaded.stored_dtype,
@@ -146,6 +158,9 @@ def _print_facts(loaded: "Checkpoint") -> None:
         [(part, size(count), percent(count, facts["resident_bytes"])) for part, count in parts.items()],
     )
     print_table("experts", ("layer", "kept", "of", "which"), _layer_rows(loaded))
+    forms = [(str(i), str(s.compression)) for i, s in enumerate(loaded.model.config.layers) if s.compression]
+    if forms:
+        print_table("compressed experts", ("layer", "what their matrices keep"), forms)
 
 
 def _layer_rows(loaded: "Checkpoint") -> list[tuple[str, ...]]:

@@ -20,6 +20,9 @@ def build(
     out: Annotated[Path, typer.Option(help="The directory to fill; finished parts are kept.", metavar="DIR")] = Path(
         "runs/demo"
     ),
+    task: Annotated[
+        list[str] | None, typer.Option(help="Only this task and what it needs; repeat for several.", metavar="NAME")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rows and steps: see the chain run in minutes.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -32,14 +35,14 @@ def build(
     from service.demo import build_demo
 
     with progress_shown() as progress:
-        results = build_demo(out, quick, progress)
+        results = build_demo(out, quick, task or (), progress)
     if as_json:
         print_json({"out": str(out), "quick": quick, "tasks": results})
         return
-    for task, variants in results.items():
+    for name, variants in results.items():
         full = variants["full"]
         print_table(
-            f"{task}, {full['rows']:,} test rows, 95 % intervals in brackets",
+            f"{name}, {full['rows']:,} test rows, 95 % intervals in brackets",
             ("variant", "accuracy", "change against full", "macro-F1", "parameters", "removed"),
             [_variant_row(name, variant, full["parameters"]) for name, variant in variants.items()],
         )

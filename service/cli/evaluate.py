@@ -27,7 +27,7 @@ class Split(StrEnum):
 
 def evaluate(
     checkpoints: CheckpointDirs,
-    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Labelled rows: .jsonl, .jsonl.gz or .csv.")],
+    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Labelled rows: .jsonl[.gz] or .csv; .npz.")],
     split: Annotated[Split, typer.Option(help="Rows to use, if the file has splits.")] = Split.TEST,
     as_json: JsonFlag = False,
 ) -> None:

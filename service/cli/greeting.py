@@ -23,11 +23,17 @@ def greet_when_ready(settings: Settings) -> None:
     threading.Thread(target=_greet, args=(settings,), name="secateur-greeting", daemon=True).start()
 
 
-def curl_line(settings: Settings) -> str:
-    """A request to the default task, or the first one, as a line for a shell."""
-    task = settings.default_task or next(iter(settings.tasks))
+def curl_line(settings: Settings, reads: str = "text") -> str:
+    """A request to the default task, or the first one, as a line for a shell; reads: text or image."""
+    task = asked_task(settings)
+    if reads == "image":
+        return f"curl -s {address(settings)}/classify -F task={task} -F image=@IMAGE.png"
     body = json.dumps({"task": task, "inputs": EXAMPLES.get(task, "Put your text here.")}, ensure_ascii=False)
     return f"curl -s {address(settings)}/classify -H 'content-type: application/json' -d {shlex.quote(body)}"
+
+
+def asked_task(settings: Settings) -> str:
+    return settings.default_task or next(iter(settings.tasks))
 
 
 def address(settings: Settings) -> str:
@@ -42,7 +48,10 @@ def _greet(settings: Settings) -> None:
     while True:
         try:
             with opener.open(f"{address(settings)}/readyz", timeout=5):
-                break
+                pass
+            with opener.open(f"{address(settings)}/info", timeout=5) as answer:
+                reads = json.load(answer)["tasks"][asked_task(settings)]["reads"]
+            break
         except (URLError, OSError):
             time.sleep(POLL_SECONDS)
-    print(f"ready, try:\n\n  {curl_line(settings)}\n", flush=True)
+    print(f"ready, try:\n\n  {curl_line(settings, reads)}\n", flush=True)

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.manifest import MANIFEST_FILE
+from models.pruning.apply import apply
+from models.pruning.plan import LayerPlan
+from models.pruning.post import Mask
 
 
 def test_classify_answers_what_the_model_answers(toy: Any, run_cli: Callable[..., Any]) -> None:
@@ -36,7 +40,7 @@ def test_classify_prints_labels_as_they_are(toy: Any, run_cli: Callable[..., Any
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("", "TEXT 2 is empty"), (" \t", "TEXT 2 is empty"), ("\udcff", "UTF-8")]
+    ("text", "problem"), [("", "INPUT 2 is empty"), (" \t", "INPUT 2 is empty"), ("\udcff", "UTF-8")]
 )
 def test_classify_refuses_texts_that_say_nothing(
     text: str, problem: str, toy: Any, run_cli: Callable[..., Any]
@@ -89,3 +93,19 @@ def test_a_plain_checkpoint_has_nothing_to_verify_and_says_so(
     assert "nothing to verify" in ran.err
     facts = run_cli("inspect", plain, "--verify", "--json").document
     assert (facts["verified"], facts["manifest"]) == (False, None)
+
+
+def test_inspect_says_how_experts_are_compressed(toy: Any, run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    source = load_checkpoint(toy.finetuned)
+    step = Mask("2:4", ("gate", "down"))
+    plan = LayerPlan(np.eye(4), np.arange(4), "zero", post=(step,))
+    child = apply(source.model, {1: plan})
+    save_checkpoint(tmp_path / "child", child, source.raw_config, toy.finetuned / "tokenizer.json", semantics="zero")
+    out = run_cli("inspect", tmp_path / "child", "--verify").out
+    assert "gate 2 of 4 columns, down 2 of 4 columns" in out
+    facts = run_cli("inspect", tmp_path / "child", "--json").document
+    # Of 4 experts' 3 matrices of 8 x 16 floats, two lose half their values; their masks take a bit for each.
+    dense = 4 * 2 * 4 * 3 * 128
+    assert facts["resident_bytes_by_part"]["experts"] == dense - 4 * 4 * 2 * 64 + 4 * 2 * 128 // 8
+    assert facts["resident_bytes"] == facts["manifest"]["bytes"]
+    assert facts["manifest"]["layers"][1]["compression"]["up"] is None

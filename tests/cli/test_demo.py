@@ -1,6 +1,6 @@
 """`secateur demo`: what it prints; what the build does is tested with the demo itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace the build, which takes half an hour, by one that answers at once; returns what it was asked for."""
     calls: list[Any] = []
 
-    def build_demo(out: Path, quick: bool, progress: Progress) -> dict[str, Any]:
-        calls.append((out, quick))
+    def build_demo(out: Path, quick: bool, only: Sequence[str], progress: Progress) -> dict[str, Any]:
+        calls.append((out, quick, tuple(only)))
         progress(1, 2, "pretraining")
         return RESULTS
 
@@ -34,7 +34,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_build_prints_a_table_per_task(asked: list[Any], tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     ran = run_cli("demo", "build", "--quick", "--out", tmp_path)
-    assert asked == [(tmp_path, True)]
+    assert asked == [(tmp_path, True, ())]
     assert "weather, 100 test rows" in ran.out
     assert "0.890 [0.825, 0.945]" in ran.out
     assert "-0.010 [-0.030, 0.010]" in ran.out
@@ -43,8 +43,8 @@ def test_build_prints_a_table_per_task(asked: list[Any], tmp_path: Path, run_cli
 
 
 def test_build_prints_one_document(asked: list[Any], tmp_path: Path, run_cli: Callable[..., Any]) -> None:
-    document = run_cli("demo", "build", "--out", tmp_path, "--json").document
-    assert asked == [(tmp_path, False)]
+    document = run_cli("demo", "build", "--task", "a", "--task", "b", "--out", tmp_path, "--json").document
+    assert asked == [(tmp_path, False, ("a", "b"))]
     assert document == {"out": str(tmp_path), "quick": False, "tasks": RESULTS}
 
 

@@ -52,5 +52,14 @@ def test_only_prune_needs_the_methods_for_its_help(command: str) -> None:
 
 def test_help_of_prune_lists_exactly_the_methods_there_are(run_cli: Callable[..., Any]) -> None:
     out = run_cli("prune", "--help").out
-    listed = re.findall(r"^ +([a-z-]+): ", out.split("Methods:")[1].split("╭")[0], re.MULTILINE)
+    listed = re.findall(r"^ {3}([a-z-]+): ", out.split("Methods:")[1].split("╭")[0], re.MULTILINE)
     assert listed == list(METHODS)
+
+
+def test_help_of_prune_lists_the_options_of_each_method(run_cli: Callable[..., Any]) -> None:
+    out = " ".join(run_cli("prune", "--help").out.split())
+    for method in METHODS.values():
+        assert f"[{', '.join(method.semantics)}]" in out
+        for option in method.options:
+            assert f" {option.name.replace('_', '-')}=" in out, (method.name, option.name)
+            assert " ".join(option.help.split()) in out

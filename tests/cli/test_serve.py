@@ -57,6 +57,7 @@ def test_the_printed_curl_line_works(config: Path, tmp_path: Path) -> None:
 def test_an_address_that_means_everywhere_is_reached_by_loopback(host: str, address: str, config: Path) -> None:
     settings = load_settings(config, {"server": {"host": host, "port": 7}, "auth": {"mode": "open"}})
     assert f" http://{address}/classify " in curl_line(settings)
+    assert f" http://{address}/classify -F task=" in curl_line(settings, "image")
 
 
 def test_check_config_prints_what_is_in_effect(
@@ -79,7 +80,7 @@ def test_the_environment_can_name_the_configuration(
 def test_the_shipped_configuration_is_valid(run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SECATEUR_CONFIG", raising=False)
     document = run_cli("check-config", "--json").document
-    assert len(document["deployments"]) == 6
+    assert len(document["deployments"]) == 8
     assert {experiment["task"] for experiment in document["experiments"].values()} == set(document["tasks"])
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from models.checkpoint import load_checkpoint, save_checkpoint
+from models.training.config import PRETRAIN_DEFAULTS
+from models.training.finetune import finetune
+from models.training.pretrain import pretrain
+from tests.models.colours import QUICK, write_rows
 
 WORDS = 60
 VOCAB_SIZE = 64
@@ -192,3 +197,25 @@ def oracle_logits() -> Callable[[Any, Sequence[Sequence[int]]], torch.Tensor]:
         return logits
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences of three classes, see tests/models/colours.py."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "colours.jsonl")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> Path:
+    """A tiny language model of those sentences: two layers of eight experts, top-2."""
+    out = tmp_path_factory.mktemp("base") / "base"
+    pretrain([rows_file], out, replace(PRETRAIN_DEFAULTS, epochs=1, min_steps=1, batch_tokens=256), size="tiny")
+    return out
+
+
+@pytest.fixture(scope="session")
+def parent(tmp_path_factory: pytest.TempPathFactory, base: Path, rows_file: Path) -> Path:
+    """It, fine-tuned on the classes. Nobody may change it."""
+    out = tmp_path_factory.mktemp("parent") / "parent"
+    finetune(base, rows_file, out, replace(QUICK, epochs=20))
+    return out

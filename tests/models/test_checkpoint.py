@@ -121,7 +121,7 @@ def test_golden_answers_hold_and_catch_tampering(saved_dir: Path) -> None:
 def test_a_model_that_answers_nan_fails(saved_dir: Path) -> None:
     loaded = load_checkpoint(saved_dir)
     with torch.no_grad():
-        loaded.model.score_CD.fill_(torch.nan)
+        loaded.model.get_parameter("score_CD").fill_(torch.nan)
     with pytest.raises(CheckpointError, match="golden input 0 is off by nan"):
         loaded.verify()
 
@@ -157,4 +157,5 @@ def test_a_manifest_in_readable_json(saved_dir: Path) -> None:
     assert text.endswith("}\n")
     assert json.loads(text)["layers"][0] == {
         "total": 4, "num_experts": 4, "kept": [0, 1, 2, 3], "route": [0, 1, 2, 3], "scores": [],
+        "kept_slots": None, "lost_tokens": None, "compression": None,
     }  # fmt: skip

@@ -4,7 +4,9 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from models.dataset import Row, describe, label_ids, read_rows, split_rows, stratified
@@ -42,7 +44,7 @@ def test_csv_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("r.jsonl", "", "holds no rows"),
         ("r.csv", "text,class\na,b\n", "column 'label' is missing"),
         ("r.csv", "", "is missing from the header"),
-        ("r.parquet", "", "must be in a .jsonl, .jsonl.gz or .csv file"),
+        ("r.parquet", "", "must be in a .jsonl, .jsonl.gz, .csv or .npz file"),
     ],
 )
 def test_bad_files_name_the_line_and_the_field(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -114,3 +116,58 @@ def leaks(rows: list[Row] | tuple[Row, ...]) -> tuple[int, int]:
         by_group.setdefault(row.group, set()).add(row.split)
         by_text.setdefault(row.text.casefold(), set()).add(row.split)
     return sum(len(s) > 1 for s in by_group.values()), sum(len(s) > 1 for s in by_text.values())
+
+
+def write_images(file: Path, **changes: Any) -> Path:
+    """20 train, 5 test images of two classes in turns; a change of None leaves an array out."""
+    x = np.arange(25 * 4, dtype=np.uint8).reshape(25, 2, 2)
+    arrays: dict[str, Any] = {
+        "x_train": x[:20],
+        "y_train": np.arange(20) % 2,
+        "x_test": x[20:],
+        "y_test": np.arange(5) % 2,
+    }
+    arrays |= {"classes": np.array(["cat", "dog"])} | changes
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    return file
+
+
+def test_images_come_from_arrays(tmp_path: Path) -> None:
+    rows = read_rows(write_images(tmp_path / "pets.npz"))
+    assert [row.split for row in rows] == ["train"] * 18 + ["dev"] * 2 + ["test"] * 5
+    assert [row.label for row in rows[:3]] == ["cat", "dog", "cat"]
+    np.testing.assert_array_equal(rows[1].source, [[4, 5], [6, 7]])
+    assert len(read_rows(tmp_path / "pets.npz", "test")) == 5
+    given = write_images(tmp_path / "dev.npz", x_dev=np.zeros((3, 2, 2), np.uint8), y_dev=np.array([1, 1, 0]))
+    assert [row.split for row in read_rows(given)].count("train") == 20
+    assert [row.label for row in read_rows(given, "dev")] == ["dog", "dog", "cat"]
+
+
+def test_a_description_depends_on_every_pixel(tmp_path: Path) -> None:
+    rows = read_rows(write_images(tmp_path / "pets.npz"))
+    assert rows[3].image is not None
+    before = describe("pets", rows)
+    rows[3].image[0, 0] ^= 1
+    assert describe("pets", rows).sha256 != before.sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": None}, "array classes is missing"),
+        ({"y_test": None}, "array y_test is missing"),
+        ({"x_train": np.zeros((20, 2, 2))}, r"x_train is float64 \[20, 2, 2\]"),
+        ({"x_train": np.zeros((20, 2), np.uint8)}, "must be uint8"),
+        ({"y_train": np.zeros(19, np.uint8)}, r"x_train is .* with uint8 \[19\] classes"),
+        ({"y_train": np.full(20, 2)}, "y_train runs to 2, classes has 2 names"),
+        ({"y_train": np.full(20, -1)}, "y_train runs to -1"),
+        ({"y_train": np.zeros(20)}, "float64"),
+        ({"classes": np.array([{}], dtype=object)}, r"is not a whole \.npz file"),
+    ],
+)
+def test_arrays_that_are_no_rows(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_rows(write_images(tmp_path / "pets.npz", **changes))
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match=r"is not a whole \.npz file"):
+        read_rows(tmp_path / "cut.npz")

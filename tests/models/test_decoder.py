@@ -10,14 +10,17 @@ import torch
 
 from kernels.routing import ExpertWeights, Routing
 from models.checkpoint import load_checkpoint
+from models.classifier import Experts, SlotTally
 from models.config import LayerShape, ModelConfig
-from models.decoder import DecoderLayer, MoEClassifier, SlotTally, pool
+from models.decoder import DecoderLayer, MoEClassifier, pool
 from models.packed import PackedBatch
 
 
 @pytest.fixture
 def model(pristine: Path) -> MoEClassifier:
-    return load_checkpoint(pristine).model
+    model = load_checkpoint(pristine).model
+    assert isinstance(model, MoEClassifier)
+    return model
 
 
 @pytest.fixture(params=["qwen3_moe", "qwen2_moe"])
@@ -54,7 +57,7 @@ def test_the_last_layers_short_cut_changes_nothing(model: MoEClassifier, sequenc
     batch = PackedBatch.pack(sequences)
     with torch.inference_mode():
         full_TD = model.hidden(batch)
-        assert close(model.hidden(batch, last_only=True), full_TD[batch.last_B])
+        assert close(model.hidden(batch, pooled_only=True), full_TD[batch.last_B])
 
 
 def test_gradients_run_through_the_reference_and_agree(model: MoEClassifier, sequences: list[list[int]]) -> None:
@@ -96,8 +99,9 @@ class Recorder:
         self.seen: list[tuple[int, torch.Size, torch.Size, torch.Size, int]] = []
 
     def __call__(
-        self, layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Routing, experts: ExpertWeights
+        self, layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Routing, experts: Experts
     ) -> None:
+        assert isinstance(experts, ExpertWeights)
         self.seen.append((layer, x_TD.shape, logits_TE.shape, routing.slot_TK.shape, len(experts.w_in_PGD)))
 
 
@@ -129,6 +133,7 @@ class Mute(Silent):
 
 def test_noise_touches_branches_and_not_the_residual(any_family: Path, sequences: list[list[int]]) -> None:
     model, batch = load_checkpoint(any_family).model, PackedBatch.pack(sequences)
+    assert isinstance(model, MoEClassifier)
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             assert close(model.hidden(batch, noise=Silent()), model.hidden(batch))
@@ -184,6 +189,7 @@ def test_the_expected_share_of_live_pairs_follows_from_the_route(
     config = replace(model.config, layers=(shape, LayerShape.unpruned(4)))
     layer = MoEClassifier(config).layers[0]
     assert isinstance(layer, DecoderLayer)
+    assert isinstance(layer.experts, ExpertWeights)
     assert layer.experts.kept_share == share
 
 

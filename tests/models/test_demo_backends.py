@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from models.checkpoint import load_checkpoint
+from models.classifier import Classifier, Output
 from models.config import SEMANTICS, Semantics
 from models.dataset import read_rows
-from models.decoder import MoEClassifier, Output
 from models.pruning.apply import apply
 from models.pruning.plan import LayerPlan, keep_best
 
@@ -22,18 +22,18 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 BACKENDS = [pytest.param("cpu", "cpu", id="cpu"), pytest.param("triton", "cuda", id="triton", marks=on_a_gpu)]
 
 
-def classify(task: str, model: MoEClassifier) -> Output:
+def classify(task: str, model: Classifier) -> Output:
     path = DEMO / "checkpoints" / task / "full"
     encoder = load_checkpoint(path).encoder
     rows = read_rows(DEMO / "data" / f"{task}.jsonl.gz", "dev")
     return model.classify([encoder.encode(row.text).ids for row in rows[:: len(rows) // NUM_ROWS]])
 
 
-def loaded(task: str, device: str, backend: str) -> MoEClassifier:
+def loaded(task: str, device: str, backend: str) -> Classifier:
     return load_checkpoint(DEMO / "checkpoints" / task / "full", device, "float32", backend).model
 
 
-def cut(model: MoEClassifier, semantics: Semantics) -> MoEClassifier:
+def cut(model: Classifier, semantics: Semantics) -> Classifier:
     """A different half, or a few more, of each layer's experts."""
     plans = {}
     for index in model.config.moe_layers:

@@ -1,6 +1,5 @@
 """Training: reproducible, resumable to the same bits, and really learning."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,48 +32,7 @@ from models.training.losses import DomainLoss, RouterTap, balance_loss, distilla
 from models.training.noise import Dropout
 from models.training.optim import Optimizers, schedule
 from models.training.pretrain import pretrain
-
-COLOURS = {"warm": ("red", "orange", "ember"), "cold": ("blue", "ice", "frost"), "grey": ("ash", "stone", "lead")}
-QUICK = replace(
-    FINETUNE_DEFAULTS,
-    epochs=6,
-    min_steps=1,
-    batch_tokens=256,
-    learning_rate=1e-2,
-    token_split=0.05,
-    dropout=0.0,
-    label_smoothing=0.0,
-)
-
-
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 sentences of three classes, told apart by one word; every fourth is a test row."""
-    generator = np.random.default_rng(0)
-    lines = []
-    for number in range(240):
-        label = list(COLOURS)[number % 3]
-        noise = [f"thing{generator.integers(0, 20)}" for _ in range(4)]
-        noise.insert(int(generator.integers(0, 5)), str(generator.choice(COLOURS[label])))
-        split = "test" if number % 4 == 3 else "dev" if number % 12 == 0 else "train"
-        lines.append(json.dumps({"text": " ".join(noise), "label": label, "split": split}))
-    file = tmp_path_factory.mktemp("rows") / "colours.jsonl"
-    file.write_text("\n".join(lines) + "\n")
-    return file
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, rows_file: Path) -> Path:
-    out = tmp_path_factory.mktemp("base") / "base"
-    pretrain([rows_file], out, replace(PRETRAIN_DEFAULTS, epochs=1, min_steps=1, batch_tokens=256), size="tiny")
-    return out
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory, base: Path, rows_file: Path) -> Path:
-    out = tmp_path_factory.mktemp("parent") / "parent"
-    finetune(base, rows_file, out, replace(QUICK, epochs=20))
-    return out
+from tests.models.colours import QUICK
 
 
 def test_fine_tuning_learns_the_task(parent: Path, rows_file: Path) -> None:

@@ -108,6 +108,7 @@ def test_info(harness: Harness) -> None:
         "labels": ["art", "law", "war", "zoo"],
         "problem_type": "multi_label_classification",
         "activation": "sigmoid",
+        "reads": "text",
         "max_tokens": 8,
         "full": "topics-full",
         "default": "topics-full",

@@ -12,7 +12,7 @@ def test_statuses_are_the_contract() -> None:
     for code, kind in ERRORS.items():
         by_status.setdefault(kind.status, set()).add(code)
     assert by_status == {
-        400: {"invalid_json"},
+        400: {"invalid_json", "invalid_form"},
         404: {"route_not_found", "task_not_found", "variant_not_found", "deployment_not_found"},
         405: {"method_not_allowed"},
         408: {"body_timeout"},
@@ -21,7 +21,7 @@ def test_statuses_are_the_contract() -> None:
         422: {
             *("validation_failed", "missing_field", "unknown_field", "task_required", "empty_inputs", "empty_input"),
             *("too_many_inputs", "text_too_long", "input_too_long", "invalid_text", "pairs_not_supported"),
-            "token_ids_not_supported",
+            *("token_ids_not_supported", "invalid_image", "image_too_large"),
         },
         429: {"overloaded"},
         499: {"client_closed"},

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.decoder import Output
+from models.classifier import Output
 from service.server import run
 from service.settings import load_settings
 from tests.service.toys import OTHER, ToyLoader, ToyModel, toy_checkpoint

@@ -15,8 +15,9 @@ from torch import nn
 
 from kernels.moe import BACKENDS
 from models.checkpoint import Checkpoint
+from models.classifier import Output
 from models.config import LayerShape, ModelConfig
-from models.decoder import MoEClassifier, Output
+from models.decoder import MoEClassifier
 from models.errors import CheckpointError
 from models.manifest import Manifest
 from models.tokenizer import TOKENIZER_FILE, Encoded, TextEncoder
@@ -34,7 +35,8 @@ class ToyEncoder(TextEncoder):
         self.max_tokens = max_tokens
         self.calls = 0
 
-    def encode(self, text: str, max_tokens: int | None = None) -> Encoded:
+    def encode(self, text: object, max_tokens: int | None = None) -> Encoded[tuple[int, ...]]:
+        assert isinstance(text, str)
         self.calls += 1
         limit = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens)
         words = [word for word in text.split() if word != "void"]
