@@ -95,7 +95,7 @@ ANY_32 = (
     Band(24, GroupedTiles(Tile(16, 32, 32, 4, 3), Tile(16, 32, 32, 4, 3)), COMPILED),
     Band(inf, GroupedTiles(Tile(32, 64, 32, 8, 3), Tile(32, 64, 32, 8, 3), group=4), COMPILED),
 )
-# Bands by architecture and bytes per value, lowest edge first; of two with the same edge, the first whose depth divides.
+# Bands by architecture and bytes per value, lowest edge first; of two with one edge, the first whose depth divides.
 TABLES: dict[str, dict[int, tuple[Band, ...]]] = {
     "ampere": {2: AMPERE_16, 4: ANY_32},
     "hopper": {2: HOPPER_16, 4: ANY_32},
