@@ -1,12 +1,19 @@
-"""Noise on token ids, drawn from a numpy generator so that a seed fixes every training input."""
+"""Noise on token ids and images, drawn from a numpy generator so that a seed fixes every training input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from models.images import Pixels
+from models.training.config import TrainConfig
+
 Ids = tuple[int, ...]
+# An item of a row and the epoch's generator -> the item as it is trained on.
+Noised = Callable[[Any, np.random.Generator], Any]
 
 
 class TokenSplitter:
@@ -59,3 +66,32 @@ def window(ids: Ids, length: int, generator: np.random.Generator) -> Ids:
         return ids
     start = int(generator.integers(0, len(ids) - length + 1)) if generator.random() < 0.5 else 0
     return ids[start : start + length]
+
+
+class TextNoise:
+    """A part of the text, some tokens split (a random share per text), some dropped, cut to the length."""
+
+    def __init__(self, splitter: TokenSplitter, config: TrainConfig) -> None:
+        self.splitter = splitter
+        self.config = config
+
+    def __call__(self, ids: Ids, generator: np.random.Generator) -> Ids:
+        c = self.config
+        if generator.random() < c.crop:
+            ids = crop(ids, generator)
+        ids = self.splitter(ids, c.token_split * 2 * generator.random(), generator)
+        return window(drop_tokens(ids, c.token_dropout, generator), c.max_tokens, generator)
+
+
+class ImageNoise:
+    """The image moved by up to `shift` pixels in each direction; what comes in is black."""
+
+    def __init__(self, shift: int) -> None:
+        self.shift = shift
+
+    def __call__(self, image: Pixels, generator: np.random.Generator) -> Pixels:
+        down, right = generator.integers(0, 2 * self.shift + 1, 2).tolist()
+        height, width, _ = image.value_HWc.shape
+        border = (self.shift, self.shift)
+        padded_HWc = np.pad(image.value_HWc, (border, border, (0, 0)))
+        return replace(image, value_HWc=padded_HWc[down : down + height, right : right + width])

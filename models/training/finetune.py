@@ -3,6 +3,7 @@
 Legend: B texts, C classes, D model width, E experts.
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,69 +14,80 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, source_of
+from models.checkpoint import Checkpoint, Encoder, load_checkpoint, save_checkpoint, source_of
+from models.classifier import Classifier, MoELayer
 from models.config import Pooling
 from models.dataset import Row, describe, label_ids, read_rows, split_rows
-from models.decoder import DecoderLayer, MoEClassifier, pool
-from models.errors import CheckpointError, DataError
+from models.errors import CheckpointError, ConfigError, DataError
 from models.evaluate import evaluate
+from models.images import ImageEncoder
 from models.manifest import Accuracy
-from models.packed import PackedBatch
 from models.progress import Progress, silent
 from models.tokenizer import TOKENIZER_FILE, TextEncoder
-from models.training.augment import Ids, TokenSplitter, crop, drop_tokens, window
+from models.training.augment import ImageNoise, Noised, TextNoise, TokenSplitter
 from models.training.config import TrainConfig
 from models.training.initial import fresh_head
 from models.training.loop import Step, train, training_device
-from models.training.losses import RouterTap, balance_loss, distillation_loss
+from models.training.losses import RouterTap, balance_loss, distillation_loss, router_entropy
 from models.training.noise import Dropout
 
 
 class Classification:
-    """Cross-entropy on noised texts, plus a teacher's probabilities on the same tokens if there is one."""
+    """Cross-entropy on noised texts or images, plus a teacher's probabilities on the same ones if there is one."""
 
     def __init__(
         self,
-        model: MoEClassifier,
-        texts: Sequence[Ids],
+        model: Classifier,
+        items: Sequence[Any],
         labels: Sequence[int],
-        splitter: TokenSplitter,
+        noised: Noised,
         config: TrainConfig,
-        teacher: MoEClassifier | None = None,
+        teacher: Classifier | None = None,
     ) -> None:
         self.model = model
-        self.texts = texts
+        self.items = items
         self.label_N = torch.tensor(labels)
-        self.splitter = splitter
+        self.noised = noised
         self.config = config
         self.teacher = teacher
+        self.top_k = model.config.top_k
 
-    def epoch(self, generator: np.random.Generator) -> list[tuple[int, Ids]]:
-        return [(row, self.noised(ids, generator)) for row, ids in enumerate(self.texts)]
-
-    def noised(self, ids: Ids, generator: np.random.Generator) -> Ids:
-        """A part of the text, some tokens split (a random share per text), some dropped, cut to the length."""
-        c = self.config
-        if generator.random() < c.crop:
-            ids = crop(ids, generator)
-        ids = self.splitter(ids, c.token_split * 2 * generator.random(), generator)
-        return window(drop_tokens(ids, c.token_dropout, generator), c.max_tokens, generator)
+    def epoch(self, generator: np.random.Generator) -> list[tuple[int, Any]]:
+        return [(row, self.noised(item, generator)) for row, item in enumerate(self.items)]
 
     def loss(self, step: Step) -> torch.Tensor:
         c = self.config
-        batch, tap = PackedBatch.pack(step.sequences, self.model.device), RouterTap()
+        if c.final_top_k:
+            set_top_k(self.model, annealed(self.top_k, c.final_top_k, step.share))
+        batch, tap = self.model.pack(step.sequences), RouterTap()
         x_TD = self.model.hidden(batch, tap, noise=Dropout(batch, c.dropout, c.path_dropout))
-        x_BD = F.dropout(pool(x_TD, batch, self.model.config.pooling), c.head_dropout)
-        logits_BC = F.linear(x_BD, self.model.score_CD)
+        logits_BC = self.model.head(F.dropout(self.model.pooled(x_TD, batch), c.head_dropout))
         label_B = self.label_N[list(step.rows)].to(self.model.device)
         loss = F.cross_entropy(logits_BC, label_B, label_smoothing=c.label_smoothing)
         if c.balance_loss:
             loss = loss + c.balance_loss * balance_loss(tap)
+        if c.router_entropy:
+            loss = loss + c.router_entropy * router_entropy(tap)
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_BC = self.teacher.classify(step.sequences).logits_BC.clone().to(self.model.device)
-            loss = loss + c.distill * distillation_loss(logits_BC, teacher_BC)
+            loss = loss + c.distill * distillation_loss(logits_BC, teacher_BC, c.temperature)
         return loss
+
+
+def annealed(top_k: int, final: int, share: float) -> int:
+    """Experts per token after a share of the training: from top_k in even steps to `final`, reached halfway."""
+    return final + math.ceil((top_k - final) * max(0.0, 1 - 2 * share))
+
+
+def set_top_k(model: Classifier, top_k: int) -> None:
+    """Let every token choose so many experts from now on, and say so in the model's config."""
+    if top_k == model.config.top_k:
+        return
+    model.config = replace(model.config, top_k=top_k)
+    for layer in model.layers:
+        assert isinstance(layer, MoELayer)
+        layer.config, layer.policy = model.config, replace(layer.policy, top_k=top_k)
 
 
 def finetune(
@@ -83,15 +95,16 @@ def finetune(
     data: Path,
     out: Path,
     config: TrainConfig,
-    pooling: Pooling = "mean",
+    pooling: Pooling | None = None,
     teacher: Path | None = None,
     dtype: str = "float32",
     progress: Progress = silent,
 ) -> Checkpoint:
     """Train a classifier on the train rows of `data` from a pretrained base, and write it to `out`.
 
-    Classes are the labels of the rows, sorted. The manifest records accuracy on the dev rows (a tenth held out where
-    the file has no splits), how routers were trained, and how far each moved. Saved steps lie in `<out>.training`.
+    Classes are the labels of the rows, sorted. pooling: what the head sees of a text, None for the mean. The manifest
+    records accuracy on the dev rows (a tenth held out where the file has no splits), how routers were trained, and how
+    far each moved. Saved steps lie in `<out>.training`.
     """
     _refuse_existing(out)
     rows = read_rows(data)
@@ -103,9 +116,9 @@ def finetune(
     model, raw = fresh_head(base, labels, pooling, config.max_tokens, config.seed)
     before = router_weights(model)
     file = base / TOKENIZER_FILE
-    record = _fit(model, file, train_rows, labels, config, teacher, out, f"fine-tuning on {data.name}", progress)
+    record = fit(model, file, train_rows, labels, config, teacher, out, f"fine-tuning on {data.name}", progress)
     record["router_movement"] = router_movement(before, model)
-    return _save_judged(
+    return save_judged(
         out, model, raw, file, dev_rows or train_rows, data.name, dtype, pretrained=source_of(base), training=record
     )
 
@@ -121,7 +134,9 @@ def recover(
     """Train a pruned checkpoint a little on its task, experts and routes as they are, and write it to `out`.
 
     Texts are cut at the length of the checkpoint if config.max_tokens is greater. teacher: usually the unpruned parent.
-    The manifest keeps the record of the pruning and adds that of the recovery.
+    Rows that share an expert train it together, constants train like experts; what is frozen keeps its bits. The
+    manifest keeps the record of the pruning and adds that of the recovery. Raises ConfigError if config.final_top_k is
+    not below the checkpoint's top-k.
     """
     _refuse_existing(out)
     start = load_checkpoint(checkpoint, dtype="float32")
@@ -131,15 +146,22 @@ def recover(
         )
     train_rows, dev_rows = split_rows(read_rows(data), config.seed)
     config = replace(config, max_tokens=min(config.max_tokens, start.encoder.max_tokens))
+    if config.final_top_k and config.final_top_k >= start.model.config.top_k:
+        chosen = start.model.config.top_k
+        raise ConfigError(f"final_top_k is {config.final_top_k}, must be below the {chosen} that tokens choose now")
+    kept = start.manifest
     model = start.model.requires_grad_(True)
+    frozen = freeze(model, config, is_tied=kept is not None and kept.semantics == "tie")
     before = router_weights(model)
     file = start.path / TOKENIZER_FILE
-    record = _fit(model, file, train_rows, start.labels, config, teacher, out, f"recovering on {data.name}", progress)
+    record = fit(model, file, train_rows, start.labels, config, teacher, out, f"recovering on {data.name}", progress)
+    if config.final_top_k:  # a run that was resumed past its last step never called the objective
+        set_top_k(model, config.final_top_k)
     record["router_movement"] = router_movement(before, model)
-    kept = start.manifest
+    record["frozen"] = frozen
     carried = {} if kept is None else {name: getattr(kept, name) for name in CARRIED}
     earlier = kept.training if kept is not None else None
-    return _save_judged(
+    return save_judged(
         out,
         model,
         dict(start.raw_config),
@@ -155,21 +177,34 @@ def recover(
 CARRIED = ("method", "options", "semantics", "layers", "parent", "pretrained", "calibration")
 
 
-def router_weights(model: MoEClassifier) -> dict[int, torch.Tensor]:
+def freeze(model: Classifier, config: TrainConfig, is_tied: bool) -> list[str]:
+    """Take from training what the config leaves as it is; returns the ends of the names of those parameters."""
+    frozen = []
+    if config.routers == "frozen" or (config.routers == "auto" and is_tied):
+        frozen.append("w_router_ED")
+    if config.freeze_constants:
+        frozen.append("const_CD")
+    for name, parameter in model.named_parameters():
+        if name.endswith(tuple(frozen)):
+            parameter.requires_grad_(False)
+    return frozen
+
+
+def router_weights(model: Classifier) -> dict[int, torch.Tensor]:
     """A copy of each MoE layer's router: layer -> [E, D]."""
     layers = {i: model.layers[i] for i in model.config.moe_layers}
-    return {i: layer.w_router_ED.detach().clone() for i, layer in layers.items() if isinstance(layer, DecoderLayer)}
+    return {i: layer.w_router_ED.detach().clone() for i, layer in layers.items() if isinstance(layer, MoELayer)}
 
 
-def router_movement(before: dict[int, torch.Tensor], model: MoEClassifier) -> list[float]:
+def router_movement(before: dict[int, torch.Tensor], model: Classifier) -> list[float]:
     """Per MoE layer, the norm of the router's change over the norm it had."""
     after = router_weights(model)
     return [round(float((after[i] - before[i]).norm() / before[i].norm()), 4) for i in before]
 
 
-def _fit(
-    model: MoEClassifier,
-    tokenizer_file: Path,
+def fit(
+    model: Classifier,
+    tokenizer_file: Path | None,
     rows: Sequence[Row],
     labels: tuple[str, ...],
     config: TrainConfig,
@@ -178,13 +213,10 @@ def _fit(
     message: str,
     progress: Progress,
 ) -> dict[str, object]:
-    # A text keeps three times the length, so that random windows have something to choose from.
-    encoder = TextEncoder(tokenizer_file, 3 * config.max_tokens, model.config.vocab_size)
-    pairs = [
-        (ids, label)
-        for row, label in zip(rows, label_ids(rows, labels), strict=True)
-        if (ids := encoder.encode(row.text).ids)
-    ]
+    """Train on the rows; returns what the manifest records. tokenizer_file: None for a model of images."""
+    encoder, noised = _reader(model, tokenizer_file, config)
+    encoded = [encoder.encode(row.source).ids for row in rows]
+    pairs = [(item, label) for item, label in zip(encoded, label_ids(rows, labels), strict=True) if len(item)]
     device = training_device()
     model.to(device)
     master = None
@@ -194,19 +226,29 @@ def _fit(
             raise CheckpointError(
                 f"--teacher {teacher.name} has {master.config.num_labels} classes, the data {len(labels)}"
             )
-    objective = Classification(
-        model, [ids for ids, _ in pairs], [label for _, label in pairs], TokenSplitter(tokenizer_file), config, master
-    )
+    items, targets = [item for item, _ in pairs], [label for _, label in pairs]
+    objective = Classification(model, items, targets, noised, config, master)
     record = train(model, objective, config, _state_directory(out), message, progress)
     model.to("cpu")
-    return record
+    return record | {"teacher": None if teacher is None else teacher.name}
 
 
-def _save_judged(
+def _reader(model: Classifier, tokenizer_file: Path | None, config: TrainConfig) -> tuple[Encoder, Noised]:
+    """What turns inputs into items, and the noise on these."""
+    if model.config.vision is not None:
+        return ImageEncoder(model.config.vision, model.config.max_tokens), ImageNoise(config.shift)
+    if tokenizer_file is None:
+        raise ValueError("a model of texts needs its tokenizer")
+    # A text keeps three times the length, so that random windows have something to choose from.
+    encoder = TextEncoder(tokenizer_file, 3 * config.max_tokens, model.config.vocab_size)
+    return encoder, TextNoise(TokenSplitter(tokenizer_file), config)
+
+
+def save_judged(
     out: Path,
-    model: MoEClassifier,
-    raw: dict[str, object],
-    tokenizer_file: Path,
+    model: Classifier,
+    raw: dict[str, Any],
+    tokenizer_file: Path | None,
     rows: Sequence[Row],
     name: str,
     dtype: str,

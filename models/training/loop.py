@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,10 +34,11 @@ class TrainingError(SecateurError):
 
 @dataclass(frozen=True)
 class Step:
-    """One batch: token ids of each text, and the index of the row each came from."""
+    """One batch: token ids of each text, and the index of the row each came from. share: of the training before it."""
 
     sequences: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
+    share: float = 0.0
 
 
 class Objective(Protocol):
@@ -55,12 +56,12 @@ class Objective(Protocol):
 def train(
     trained: nn.Module, objective: Objective, config: TrainConfig, state: Path | None, message: str, progress: Progress
 ) -> dict[str, Any]:
-    """Run all epochs; returns what the manifest records. `trained` holds every parameter that is to be updated.
+    """Run all epochs; returns what the manifest records. What takes no gradient stays as it is.
 
     state: a directory for the run's saved step, which the caller removes once the result is safe; None trains without
     saving. Raises TrainingError if the loss stops being finite, or the state is broken or of another configuration.
     """
-    named = dict(trained.named_parameters())
+    named = {name: parameter for name, parameter in trained.named_parameters() if parameter.requires_grad}
     optimizers = Optimizers(named.items(), config)
     fingerprint = json.dumps({"config": asdict(config), "shapes": {n: list(p.shape) for n, p in named.items()}})
     first_epoch, first_step = _restore(state, trained, optimizers, fingerprint)
@@ -70,7 +71,7 @@ def train(
         steps = epoch_steps(objective, config, epoch)
         for number in range(first_step, len(steps)):
             torch.manual_seed(step_seed(config.seed, epoch, number))
-            loss = objective.loss(steps[number])
+            loss = objective.loss(replace(steps[number], share=(epoch + number / len(steps)) / epochs))
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"loss is {loss.item()} in epoch {epoch + 1}, step {number + 1}: lower the learning rates"

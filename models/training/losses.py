@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.routing import ExpertWeights, Routing
+from kernels.routing import Routing
+from models.classifier import Experts
 
 
 class RouterTap:
@@ -15,7 +16,7 @@ class RouterTap:
         self.slot_TK: list[torch.Tensor] = []
 
     def __call__(
-        self, layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Routing, experts: ExpertWeights
+        self, layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Routing, experts: Experts
     ) -> None:
         self.probability_TE.append(torch.softmax(logits_TE.float(), dim=-1))
         self.slot_TK.append(routing.slot_TK)
@@ -31,6 +32,11 @@ def balance_loss(tap: RouterTap) -> torch.Tensor:
         share_E = torch.bincount(slot_N, minlength=num_experts)[:num_experts] / max(slot_N.numel(), 1)
         terms.append(num_experts * (share_E * probability_TE.mean(0)).sum())
     return torch.stack(terms).mean()
+
+
+def router_entropy(tap: RouterTap) -> torch.Tensor:
+    """Mean over layers and tokens of the entropy of the router's probabilities, in nats: low when it is decided."""
+    return torch.stack([entropy(probability_TE).mean() for probability_TE in tap.probability_TE]).mean()
 
 
 class DomainLoss(nn.Module):

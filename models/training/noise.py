@@ -1,18 +1,18 @@
-"""Dropout for a packed decoder: of activations, and of whole branches per sequence (arXiv 1603.09382)."""
+"""Dropout for packed items: of activations, and of whole branches per item (arXiv 1603.09382)."""
 
 import torch
 import torch.nn.functional as F
 
-from models.packed import PackedBatch
+from models.classifier import Batch
 
 
 class Dropout:
     """The noise of one training step; draws from torch's generator, which the loop seeds per step."""
 
-    def __init__(self, batch: PackedBatch, activation: float, path: float) -> None:
+    def __init__(self, batch: Batch, activation: float, path: float) -> None:
         self.activation = activation
         self.path = path
-        self.length_B = torch.tensor(batch.lengths, device=batch.ids_T.device)
+        self.length_B = torch.tensor(batch.lengths, device=batch.device)
 
     def embedding(self, x_TD: torch.Tensor) -> torch.Tensor:
         return F.dropout(x_TD, self.activation) if self.activation else x_TD

@@ -22,6 +22,10 @@ def schedule(progress: float) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
+# Matrices by shape, but embeddings, biases of experts and constants by what they are: decay would only shrink them.
+PLAIN = ("embedding_VD", "const_CD", "class_1D", "position_LD", "b_in_PG", "b_out_PD")
+
+
 class Optimizers:
     """AdamW for matrices, embeddings and norms; routers under SGD with momentum and no decay, unless asked not to."""
 
@@ -29,11 +33,11 @@ class Optimizers:
         routers: list[nn.Parameter] = []
         trunk: list[nn.Parameter] = []
         outer: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []  # embeddings and norms, which decay would only shrink
+        plain: list[nn.Parameter] = []  # embeddings, norms and constants, which decay would only shrink
         for name, parameter in named:
             if name.endswith("w_router_ED"):
                 routers.append(parameter)
-            elif parameter.ndim < 2 or name.endswith("embedding_VD"):
+            elif parameter.ndim < 2 or name.endswith(PLAIN):
                 plain.append(parameter)
             else:
                 (trunk if name.startswith("layers.") else outer).append(parameter)

@@ -103,7 +103,11 @@ def pretrain(
     if out.exists():
         raise CheckpointError(f"{out} exists already: choose another --out or remove it")
     raw = new_config(family, size, SIZES[size].vocab_size if size in SIZES else 0, max_tokens=512)
-    texts = [[row.text for row in split_rows(read_rows(file), config.seed)[0]] for file in data]
+    corpora_rows = [split_rows(read_rows(file), config.seed)[0] for file in data]
+    for file, rows in zip(data, corpora_rows, strict=True):
+        if any(row.image is not None for row in rows):
+            raise DataError(f"{file.name}: rows are images, {family} reads texts: choose the family vmoe")
+    texts = [[row.text for row in rows] for rows in corpora_rows]
     with tempfile.TemporaryDirectory() as scratch:
         file = tokenizer or Path(scratch) / TOKENIZER_FILE
         if tokenizer is None:
