@@ -153,8 +153,8 @@ def indifferent(parent: Parent, outcomes: Outcomes, ratios: Sequence[float]) -> 
         lost = [ratio for ratio, drawn in found.items() if drawn and against_parent(drawn, parent).verdict == "behind"]
         if all(found.values()) and not lost:
             lines.append(
-                f"On {parent.task} under `{semantics}`, random cuts cost nothing by interval at any ratio: what is "
-                "kept hardly matters there, and methods can be told apart only where one harms."
+                f"On {parent.task} under `{semantics}`, random cuts themselves lose nothing that their interval can "
+                "tell from nothing, at any ratio: there is no lead to be had over them, only a loss to be avoided."
             )
     return lines
 
@@ -181,7 +181,7 @@ def _task_section(parent: Parent, outcomes: Outcomes, ratios: Sequence[float]) -
         "",
         f"![Accuracy against keep ratio, {parent.task}](results-{parent.task}.png)",
         "",
-        "| method | cut experts | seeds | " + _heads(ratios),
+        "| method | cut experts | seeds, at most | " + _heads(ratios),
         "| --- | --- | --- |" + " --- |" * len(ratios),
         *(line for _, line in sorted(rows)),
         "",
