@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from models.classifier import Classifier
@@ -47,7 +48,8 @@ class Job:
 class Option:
     """A method's own setting: `--option NAME=VALUE`, with `_` or `-` in the name. The default's type is its type.
 
-    needs: groups of statistics that plan reads for some of the choices only.
+    needs: groups of statistics that plan reads for some of the choices only. names_files: the value is one or more
+    paths, separated by commas.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Option:
     help: str
     choices: tuple[str, ...] = ()
     needs: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
+    names_files: bool = False
 
     def read(self, text: str) -> Value:
         """The value that a text stands for. Raises ValueError saying what it must be."""
@@ -116,6 +119,14 @@ class Method:
             except ValueError as error:
                 raise PlanError(f"{self.name}: option {_shown(key)} is {text!r}, must be {error}") from None
         return values
+
+    def recorded(self, options: Mapping[str, Value]) -> dict[str, Value]:
+        """The options as a manifest keeps them: of files the names alone, since a checkpoint travels."""
+        files = {o.name.replace("-", "_") for o in self.options if o.names_files}
+        return {
+            name: ",".join(Path(path.strip()).name for path in str(value).split(",")) if name in files else value
+            for name, value in options.items()
+        }
 
     def needed(self, options: Mapping[str, Value]) -> set[type]:
         """The groups of statistics that plan reads with these options."""

@@ -108,7 +108,7 @@ def prune(
         layers=_manifest_layers(parent, child, plans, known),
         dtype=parent.stored_dtype,
         method=method,
-        options={**_recorded(keep, seed, rules, job), **settings},
+        options={**_recorded(keep, seed, rules, job), **chosen.recorded(settings)},
         semantics=meaning,
         parent=parent.source(),
         pretrained=source_of(pretrained) if pretrained and RouterPair in needed else None,

@@ -151,3 +151,9 @@ def test_one_ranking_serves_every_ratio(tmp_path: Path) -> None:
         assert tuple(sorted(second["experts"][:keep])) == union([SECOND], keep, 4, "slice").kept
     save_ranking(file, {0: golden()}, "abc", "tcess")
     assert json.loads(file.read_text())["experts"] == [0, 1, 2, 3]
+
+
+def test_a_manifest_keeps_the_names_of_files_and_not_where_they_lie() -> None:
+    recorded = PREMOE_UNION.recorded({**OPTIONS, "also": "/home/me/a.safetensors, b.safetensors"})
+    assert recorded == {**OPTIONS, "also": "a.safetensors,b.safetensors"}
+    assert PREMOE_UNION.recorded(OPTIONS) == OPTIONS

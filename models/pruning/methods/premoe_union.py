@@ -110,7 +110,7 @@ PREMOE_UNION = Method(
     semantics=("slice", "zero"),
     needs=(Core,),
     options=(
-        Option("also", "", "saved statistics of further tasks, files separated by commas"),
+        Option("also", "", "saved statistics of further tasks, files separated by commas", names_files=True),
         Option("score", "task-mass", "what ranks a task's experts", tuple(SCORES)),
         Option("per_task_keep", 0, "experts each task brings to a layer; 0: as many as the layer may keep"),
     ),
