@@ -4,6 +4,7 @@ Legend: T tokens of a batch, B items, D model width, C classes, E router rows, P
 G = 2F (F if not gated), K chosen experts per token, V variants.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -127,7 +128,7 @@ class MoELayer(nn.Module):
         return self.const_CD if self.shape.num_constants else None
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """Parameters are uninitialised: a checkpoint or a trainer fills them.
 
     An item is what the encoder made of one input, a sequence of token ids or an image; its length is its number of
@@ -158,14 +159,15 @@ class Classifier(nn.Module):
         return next(self.parameters()).dtype
 
     @property
+    @abstractmethod
     def pools_early(self) -> bool:
         """Whether the head reads one token, so that the last layer need not compute the others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, items: Sequence[Any]) -> Any:
         """A batch of these items on the model's device. Raises ValueError if there is none or one is empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hidden(
         self, batch: Any, tap: Tap | None = None, pooled_only: bool = False, noise: Noise | None = None
     ) -> torch.Tensor:
@@ -174,19 +176,18 @@ class Classifier(nn.Module):
         With `pooled_only`, the last layer computes queries and experts for one token per item. While gradients are
         on, the differentiable reference runs whatever the backend is.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def pooled(self, x_TD: torch.Tensor, batch: Any) -> torch.Tensor:
         """What the head reads of the final states: [T, D] -> [B, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, x_BD: torch.Tensor) -> torch.Tensor:
         """[B, D] -> logits [B, C]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blanks(self, tokens: int, max_items: int) -> Sequence[Sized]:
         """Items of about so many tokens in all, with nothing in them, for warming up."""
-        raise NotImplementedError
 
     def forward(self, batch: Any, tap: Tap | None = None) -> torch.Tensor:
         """Class logits [B, C] in the model's dtype, pooled as the checkpoint says."""
