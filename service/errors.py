@@ -17,17 +17,24 @@ class Kind:
 
 
 _INVALID, _NOT_FOUND, _TIMEOUT = "invalid_request_error", "not_found_error", "timeout_error"
-_INTERNAL, _UNAVAILABLE = "internal_error", "unavailable_error"
+_INTERNAL, _UNAVAILABLE, _CONFLICT = "internal_error", "unavailable_error", "conflict_error"
 
 ERRORS: dict[str, Kind] = {
     "invalid_json": Kind(400, _INVALID, "body"),
     "invalid_form": Kind(400, _INVALID, "body"),
+    "missing_key": Kind(401, "authentication_error", "auth"),
+    "invalid_key": Kind(401, "authentication_error", "auth"),
+    "insufficient_scope": Kind(403, "permission_error", "auth"),
     "route_not_found": Kind(404, _NOT_FOUND),
     "task_not_found": Kind(404, _NOT_FOUND),
     "variant_not_found": Kind(404, _NOT_FOUND),
     "deployment_not_found": Kind(404, _NOT_FOUND),
+    "experiment_not_found": Kind(404, _NOT_FOUND),
     "method_not_allowed": Kind(405, _INVALID),
     "body_timeout": Kind(408, _TIMEOUT, "body"),
+    "feedback_conflict": Kind(409, _CONFLICT),
+    "ambiguous_request_id": Kind(409, _CONFLICT),
+    "revision_required": Kind(409, _CONFLICT),
     "body_too_large": Kind(413, _INVALID, "body"),
     "unsupported_media_type": Kind(415, _INVALID, "body"),
     "unsupported_encoding": Kind(415, _INVALID, "body"),
@@ -45,6 +52,7 @@ ERRORS: dict[str, Kind] = {
     "image_too_large": Kind(422, _INVALID, "validation"),
     "pairs_not_supported": Kind(422, _INVALID, "validation"),
     "token_ids_not_supported": Kind(422, _INVALID, "validation"),
+    "unknown_label": Kind(422, _INVALID, "validation"),
     "overloaded": Kind(429, "overloaded_error", "overloaded"),
     "client_closed": Kind(499, _INVALID),
     "internal": Kind(500, _INTERNAL),
@@ -55,6 +63,7 @@ ERRORS: dict[str, Kind] = {
     "deployment_unavailable": Kind(503, _UNAVAILABLE, "not_ready"),
     "draining": Kind(503, _UNAVAILABLE, "draining"),
     "engine_failed": Kind(503, _UNAVAILABLE),
+    "storage_unavailable": Kind(503, _UNAVAILABLE),
     "deadline_exceeded": Kind(504, _TIMEOUT),
 }
 # After these the rest of the body is unread or the process is leaving: the connection cannot be used again.

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -69,9 +70,22 @@ class Server(Section):
 
 
 class Auth(Section):
-    """Who may call. `open` admits everyone who reaches the port."""
+    """Who may call. `open` admits everyone who reaches the port; `keys` asks for one of the keys in `keys_file`."""
 
-    mode: Literal["open"] = "open"
+    mode: Literal["open", "keys"] = "open"
+    keys_file: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _keys_have_a_file(self) -> Self:
+        if (self.mode == "keys") is (self.keys_file is None):
+            raise rule("keys_file belongs to mode `keys`, which needs it: make one with `secateur keys new`")
+        return self
+
+
+class Admin(Section):
+    """Whether routes that change what is served exist at all."""
+
+    enabled: bool = False
 
 
 class Models(Section):
@@ -145,25 +159,104 @@ class EngineSettings(Section):
     max_batch_items: int = Field(64, ge=1)
     tokenizer_threads: int = Field(2, ge=1)
     stall_seconds: float = Field(60, gt=0)
+    shadow_queue_items: int = Field(64, ge=1)
+    shadow_batch_tokens: int = Field(2048, ge=1)
 
 
 class Arm(Section):
-    """A deployment inside an experiment and its share of the enrolled traffic, in percent."""
+    """A deployment inside an experiment. weight: its share of the enrolled traffic in percent, for splits only.
+
+    role: `candidate` is the deployment that wants to take over, `control` the one it is compared with. Default: by the
+    deployment's own role, full is the control.
+    """
 
     deployment: Name
-    weight: Percent
+    weight: Percent | None = None
+    role: Literal["control", "candidate"] | None = None
+
+
+class Confidence(Section):
+    """How sure a cascade's candidate is of an item, 0 to 1: made by `secateur calibrate-cascade`, not by hand.
+
+    kind `probability`: the largest class probability (multi-label: the least decided class). kind `dispersion`: a
+    logistic regression on dispersion features of the probabilities; `weights` names them, `bias` is its intercept.
+    """
+
+    kind: Literal["probability", "dispersion"] = "probability"
+    weights: dict[str, float] = Field(default_factory=dict)
+    bias: float = 0.0
+
+
+class Guardrail(Section):
+    """What pauses an experiment by itself, whatever its verdict.
+
+    error_rate: the greatest excess of failed requests in the candidate's arm. latency_ratio: the greatest ratio of the
+    arms' p95, candidate over control; None watches no latency. Both act on bounds that hold at every look.
+    """
+
+    error_rate: float = Field(0.01, gt=0, lt=1)
+    latency_ratio: float | None = Field(None, gt=0)
+
+
+class Ramp(Section):
+    """Raise `traffic` step by step while nothing speaks against it. steps: percent of the traffic, rising.
+
+    units: distinct units that must have met the experiment at a step before the next one is taken.
+    """
+
+    steps: list[Percent] = Field(default_factory=lambda: [5.0, 25.0, 50.0, 100.0], min_length=1)
+    units: int = Field(1000, ge=1)
 
 
 class ExperimentSettings(Section):
-    """A sticky split of one task's traffic between deployments."""
+    """A comparison of two deployments of one task on live traffic.
+
+    split: each unit meets one arm. shadow: the control answers and the candidate runs behind it on `sample` percent of
+    the requests. cascade: the candidate answers where its confidence reaches `threshold`, the control elsewhere.
+    """
 
     task: Name
-    mode: Literal["split"]
-    arms: list[Arm] = Field(min_length=2)
+    mode: Literal["split", "shadow", "cascade"]
+    arms: list[Arm] = Field(min_length=2, max_length=2)
     revision: int = Field(1, ge=1)
     state: Literal["running", "paused", "stopped"] = "running"
     salt: str | None = Field(None, min_length=1)
     traffic: Percent = 100
+    sample: Percent = 100
+    metric: Literal["accuracy"] = "accuracy"
+    margin: float = Field(0.01, gt=0, lt=0.5)
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    threshold: float | None = Field(None, ge=0, le=1)
+    confidence: Confidence = Confidence()
+    guardrail: Guardrail = Guardrail()
+    ramp: Ramp | None = None
+
+    def problems(self) -> Iterator[str]:
+        """What the keys say against each other, for the mode they are in."""
+        is_split = self.mode == "split"
+        if any((arm.weight is None) is is_split for arm in self.arms):
+            yield "arms: " + ("each arm of a split needs a weight" if is_split else f"a {self.mode} has no weights")
+        elif is_split and sum(round((arm.weight or 0) * 100) for arm in self.arms) != 10_000:
+            yield "arms: the weights must sum to exactly 100"
+        if (self.threshold is None) is (self.mode == "cascade"):
+            yield "threshold: a cascade needs one, and only a cascade has one"
+        if self.mode != "cascade" and "confidence" in self.model_fields_set:
+            yield f"confidence: a {self.mode} has none, only a cascade"
+        if self.mode != "shadow" and "sample" in self.model_fields_set:
+            yield f"sample: a {self.mode} has none, only a shadow"
+        if self.ramp is not None and any(a >= b for a, b in pairwise(self.ramp.steps)):
+            yield "ramp.steps must rise"
+
+
+class Storage(Section):
+    """Where experiments keep their records. A relative SQLite path starts at the configuration file.
+
+    queue_events: records that may wait for the writer; beyond it they are dropped and counted.
+    """
+
+    url: str = Field("sqlite:///secateur.db", pattern=r"^(sqlite:///.+|postgresql(\+psycopg)?://.+)$")
+    queue_events: int = Field(10_000, ge=1)
+    retention_days: int = Field(90, ge=1)
 
 
 class Logging(Section):

@@ -84,8 +84,9 @@ class DrainingServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_keys)
         yield
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
     async def on_tick(self, counter: int) -> bool:
@@ -105,6 +106,18 @@ class DrainingServer(uvicorn.Server):
         if self._leaving is not None:
             os._exit(1)
         self._leaving = asyncio.create_task(self._leave())
+
+    def _reload_keys(self) -> None:
+        """SIGHUP reads the keys again, and nothing else: text changes of the configuration need a restart."""
+        runtime: Runtime = self._app.state.runtime
+        if runtime.keyring is None:
+            return
+        try:
+            runtime.keyring.reload()
+        except ConfigError as error:
+            log.error("the keys stay as they were", extra={"fields": {"reason": error.message}})
+        else:
+            log.info("keys read again", extra={"fields": {"keys": len(runtime.keyring.keys)}})
 
     async def _leave(self) -> None:
         runtime: Runtime = self._app.state.runtime

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from models.errors import ConfigError
 from service.sections import (
+    Admin,
     Auth,
     DeploymentSettings,
     EngineSettings,
@@ -26,12 +27,17 @@ from service.sections import (
     Name,
     Section,
     Server,
+    Storage,
     TaskSettings,
     rule,
 )
 
 ENV_PREFIX = "SECATEUR_"
 CONFIG_VARIABLE = "SECATEUR_CONFIG"
+HASH_KEY_VARIABLE = "SECATEUR_HASH_KEY"
+PROCESS_VARIABLES = frozenset({CONFIG_VARIABLE, HASH_KEY_VARIABLE})
+HASH_KEY_BYTES = 32
+SQLITE = "sqlite:///"
 
 
 class Settings(Section):
@@ -40,6 +46,7 @@ class Settings(Section):
     version: Literal[1]
     server: Server = Server()
     auth: Auth = Auth()
+    admin: Admin = Admin()
     models: Models = Models()
     deployments: dict[Name, DeploymentSettings] = Field(min_length=1)
     tasks: dict[Name, TaskSettings] = Field(min_length=1)
@@ -47,11 +54,20 @@ class Settings(Section):
     limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
     experiments: dict[Name, ExperimentSettings] = Field(default_factory=dict)
+    storage: Storage = Storage()
     logging: Logging = Logging()
 
     def model_path(self, deployment: str) -> Path:
         """The directory of a deployment's checkpoint."""
         return Path(self.models.root) / self.deployments[deployment].path
+
+    def roles(self, experiment: ExperimentSettings) -> tuple[str, str]:
+        """The deployments that are control and candidate of an experiment."""
+        found = {arm.role or self._default_role(arm.deployment): arm.deployment for arm in experiment.arms}
+        return found["control"], found["candidate"]
+
+    def _default_role(self, deployment: str) -> str:
+        return "control" if self.deployments[deployment].role == "full" else "candidate"
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -109,8 +125,10 @@ class Settings(Section):
                     yield f"experiments.{name}.arms: {arm.deployment!r} is not a deployment of {experiment.task!r}"
             if len({arm.deployment for arm in experiment.arms}) != len(experiment.arms):
                 yield f"experiments.{name}.arms names a deployment twice"
-            if sum(round(arm.weight * 100) for arm in experiment.arms) != 10_000:
-                yield f"experiments.{name}.arms: the weights must sum to exactly 100"
+            if {arm.role or self._default_role(arm.deployment) for arm in experiment.arms} != {"control", "candidate"}:
+                yield f"experiments.{name}.arms: give one arm the role control and the other the role candidate"
+            for problem in experiment.problems():
+                yield f"experiments.{name}.{problem}"
             if experiment.state == "running":
                 if experiment.task in running:
                     yield f"experiments.{name}: task {experiment.task!r} already has a running experiment"
@@ -155,13 +173,36 @@ def load_settings(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
     document = _read_file(path)
     _merge(document, _environment())
     _merge(document, overrides)
-    models = document.setdefault("models", {})
-    if isinstance(models, dict) and isinstance(models.setdefault("root", "models"), str):
-        models["root"] = str((path.parent / models["root"]).absolute())
+    _anchor(document, path.parent)
     try:
         return Settings.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
+
+
+def hash_key() -> bytes | None:
+    """The key of SECATEUR_HASH_KEY, under which subjects and inputs are recorded. Raises ConfigError if it is short."""
+    value = os.environ.get(HASH_KEY_VARIABLE)
+    if not value:
+        return None
+    if len(value.encode()) < HASH_KEY_BYTES:
+        raise ConfigError(f"{HASH_KEY_VARIABLE} must have at least {HASH_KEY_BYTES} bytes")
+    return value.encode()
+
+
+def _anchor(document: dict[Any, Any], directory: Path) -> None:
+    """Let relative paths start at the configuration file. What is not of the right type is left to validation."""
+    models = document.setdefault("models", {})
+    if isinstance(models, dict) and isinstance(models.setdefault("root", "models"), str):
+        models["root"] = str((directory / models["root"]).absolute())
+    auth = document.get("auth")
+    if isinstance(auth, dict) and isinstance(auth.get("keys_file"), str):
+        auth["keys_file"] = str((directory / auth["keys_file"]).absolute())
+    storage = document.setdefault("storage", {})
+    if isinstance(storage, dict):
+        url = storage.setdefault("url", Storage().url)
+        if isinstance(url, str) and url.startswith(SQLITE):
+            storage["url"] = SQLITE + str((directory / url.removeprefix(SQLITE)).absolute())
 
 
 def _read_file(path: Path) -> dict[Any, Any]:
@@ -181,7 +222,7 @@ def _read_file(path: Path) -> dict[Any, Any]:
 def _environment() -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for variable, text in sorted(os.environ.items()):
-        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+        if not variable.startswith(ENV_PREFIX) or variable in PROCESS_VARIABLES:
             continue
         keys = variable.removeprefix(ENV_PREFIX).lower().split("__")
         if keys[0] not in Settings.model_fields:

@@ -13,20 +13,26 @@ def test_statuses_are_the_contract() -> None:
         by_status.setdefault(kind.status, set()).add(code)
     assert by_status == {
         400: {"invalid_json", "invalid_form"},
-        404: {"route_not_found", "task_not_found", "variant_not_found", "deployment_not_found"},
+        401: {"missing_key", "invalid_key"},
+        403: {"insufficient_scope"},
+        404: {
+            *("route_not_found", "task_not_found", "variant_not_found", "deployment_not_found"),
+            "experiment_not_found",
+        },
         405: {"method_not_allowed"},
         408: {"body_timeout"},
+        409: {"feedback_conflict", "ambiguous_request_id", "revision_required"},
         413: {"body_too_large"},
         415: {"unsupported_media_type", "unsupported_encoding"},
         422: {
             *("validation_failed", "missing_field", "unknown_field", "task_required", "empty_inputs", "empty_input"),
             *("too_many_inputs", "text_too_long", "input_too_long", "invalid_text", "pairs_not_supported"),
-            *("token_ids_not_supported", "invalid_image", "image_too_large"),
+            *("token_ids_not_supported", "invalid_image", "image_too_large", "unknown_label"),
         },
         429: {"overloaded"},
         499: {"client_closed"},
         500: {"internal", "inference_failed", "invalid_output", "out_of_memory"},
-        503: {"not_ready", "draining", "deployment_unavailable", "engine_failed"},
+        503: {"not_ready", "draining", "deployment_unavailable", "engine_failed", "storage_unavailable"},
         504: {"deadline_exceeded"},
     }
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from models.errors import ConfigError
+from service.keys import new_key, write_keys
 from service.server import run
 from tests.service.conftest import SECONDS
 from tests.service.toys import TOY_CONFIG, toy_loader, toy_settings
@@ -136,6 +137,38 @@ def test_a_reader_of_the_log_that_leaves(launch: Callable[..., Process]) -> None
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(SECONDS) == 0
     server.process.stderr = None
+
+
+def test_hangup_reads_the_keys_again_and_a_broken_file_changes_nothing(
+    launch: Callable[..., Process], tmp_path: Path
+) -> None:
+    (old, old_key), (new, new_key_) = new_key("old", ["classify"]), new_key("new", ["classify"])
+    file = tmp_path / "keys.txt"
+    write_keys(file, [old_key])
+    server = launch("{port: 0, ready_off_seconds: 0}\nauth: {mode: keys, keys_file: keys.txt}")
+
+    def statuses() -> list[int]:
+        with httpx.Client(base_url=server.url, timeout=SECONDS, trust_env=False) as client:
+            return [
+                client.post("/classify", json={"inputs": "0"}, headers={"x-api-key": key}).status_code
+                for key in (old, new)
+            ]
+
+    assert statuses() == [200, 401]
+    write_keys(file, [new_key_])
+    server.process.send_signal(signal.SIGHUP)
+    server.until("keys read again")
+    assert statuses() == [401, 200]
+    file.write_text("broken", encoding="utf-8")
+    server.process.send_signal(signal.SIGHUP)
+    server.until("the keys stay as they were")
+    assert statuses() == [401, 200]
+
+
+def test_hangup_without_keys_ends_nothing(launch: Callable[..., Process]) -> None:
+    server = launch()
+    server.process.send_signal(signal.SIGHUP)
+    assert classify(server.url, "0").status_code == 200
 
 
 def test_port_in_use(tmp_path: Path) -> None:

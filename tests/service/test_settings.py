@@ -9,7 +9,7 @@ import yaml
 
 import service
 from models.errors import ConfigError
-from service.settings import Settings, configured_path, load_settings
+from service.settings import Settings, configured_path, hash_key, load_settings
 from tests.service.toys import TOY_CONFIG
 
 EXPERIMENT: dict[str, Any] = {
@@ -17,6 +17,10 @@ EXPERIMENT: dict[str, Any] = {
     "mode": "split",
     "arms": [{"deployment": "mood-full", "weight": 50}, {"deployment": "mood-pruned", "weight": 50}],
 }
+
+
+ARMS: list[dict[str, Any]] = [{"deployment": "mood-full"}, {"deployment": "mood-pruned"}]
+SHADOW = EXPERIMENT | {"mode": "shadow", "arms": ARMS}
 
 
 def with_second_arm(deployment: str, weight: float) -> dict[str, Any]:
@@ -95,13 +99,18 @@ def test_bad_variable(config: Path, monkeypatch: pytest.MonkeyPatch, variable: s
         ({"limit": {}}, "unknown key 'limit', the nearest known key is 'limits'"),
         ({"limits.max_input": 3}, "limits: unknown key 'max_input', the nearest known key is 'max_inputs'"),
         ({"tasks.mood.fulll": "x"}, "tasks.mood: unknown key 'fulll', the nearest known key is 'full'"),
-        ({"admin": {"enabled": True}}, "unknown key 'admin'"),
+        ({"admin": {"enable": True}}, "admin: unknown key 'enable', the nearest known key is 'enabled'"),
         ({"limits.max_inputs": "8"}, "limits.max_inputs: Input should be a valid integer"),
         ({"limits.max_inputs": 8.0}, "limits.max_inputs: Input should be a valid integer"),
         ({"limits.max_inputs": True}, "limits.max_inputs: Input should be a valid integer"),
         ({"limits.max_inputs": 0}, "limits.max_inputs: Input should be greater"),
         ({"version": 2}, "version: Input should be 1"),
-        ({"auth.mode": "keys"}, "auth.mode: Input should be 'open'"),
+        ({"auth.mode": "key"}, "auth.mode: Input should be 'open' or 'keys'"),
+        ({"auth.mode": "keys"}, "auth: keys_file belongs to mode `keys`, which needs it"),
+        ({"auth.keys_file": "keys.txt"}, "auth: keys_file belongs to mode `keys`"),
+        ({"storage.url": "mysql://host/name"}, "storage.url: String should match"),
+        ({"storage.queue_events": 0}, "storage.queue_events"),
+        ({"engine.shadow_queue_items": 0}, "engine.shadow_queue_items"),
         ({"server.port": 65536}, "server.port"),
         ({"models.dtype": "int8"}, "models.dtype"),
         ({"models.device": "tpu"}, "models.device"),
@@ -128,7 +137,23 @@ def test_bad_variable(config: Path, monkeypatch: pytest.MonkeyPatch, variable: s
         ({"tasks.mood.fallback": "topics-full"}, "tasks.mood.fallback"),
         ({"tasks.mood.required": ["topics-full"]}, "tasks.mood.required"),
         ({"tasks.mood.slo_ms": 0}, "tasks.mood.slo_ms"),
-        ({"experiments.e": EXPERIMENT | {"mode": "shadow"}}, "experiments.e.mode: Input should be 'split'"),
+        (
+            {"experiments.e": EXPERIMENT | {"mode": "ab"}},
+            "experiments.e.mode: Input should be 'split', 'shadow' or 'casc",
+        ),
+        ({"experiments.e": EXPERIMENT | {"mode": "shadow"}}, "experiments.e.arms: a shadow has no weights"),
+        ({"experiments.e": SHADOW | {"mode": "split"}}, "experiments.e.arms: each arm of a split needs a weight"),
+        ({"experiments.e": SHADOW | {"mode": "cascade"}}, "experiments.e.threshold: a cascade needs one"),
+        ({"experiments.e": SHADOW | {"threshold": 0.9}}, "experiments.e.threshold: .* only a cascade has one"),
+        ({"experiments.e": SHADOW | {"confidence": {}}}, "experiments.e.confidence: a shadow has none"),
+        ({"experiments.e": EXPERIMENT | {"sample": 50}}, "experiments.e.sample: a split has none"),
+        ({"experiments.e": SHADOW | {"margin": 0.0}}, "experiments.e.margin"),
+        ({"experiments.e": SHADOW | {"ramp": {"steps": [5, 5]}}}, "experiments.e.ramp.steps must rise"),
+        ({"experiments.e": SHADOW | {"guardrail": {"error_rate": 1}}}, "experiments.e.guardrail.error_rate"),
+        (
+            {"experiments.e": SHADOW | {"arms": [ARMS[0] | {"role": "candidate"}, ARMS[1]]}},
+            "experiments.e.arms: give one arm the role control and the other the role candidate",
+        ),
         ({"experiments.e": EXPERIMENT | {"task": "x"}}, "experiments.e.task: no task is named 'x'"),
         ({"experiments.e": EXPERIMENT | {"arms": EXPERIMENT["arms"][:1]}}, "experiments.e.arms"),
         ({"experiments.e": EXPERIMENT | {"traffic": 12.345}}, "at most two decimals"),
@@ -156,6 +181,32 @@ def test_broken_rule(config: Path, change: dict[str, Any], message: str) -> None
 def test_paused_experiment_may_stand_beside_a_running_one(config: Path) -> None:
     change = {"experiments.e": EXPERIMENT, "experiments.f": EXPERIMENT | {"state": "paused"}}
     assert set(load_settings(edited(config, change), {}).experiments) == {"e", "f"}
+
+
+def test_roles_of_arms(config: Path) -> None:
+    swapped = [ARMS[0] | {"role": "candidate"}, ARMS[1] | {"role": "control"}]
+    change = {"experiments.e": SHADOW, "experiments.f": SHADOW | {"arms": swapped, "state": "paused"}}
+    settings = load_settings(edited(config, change), {})
+    assert settings.roles(settings.experiments["e"]) == ("mood-full", "mood-pruned")
+    assert settings.roles(settings.experiments["f"]) == ("mood-pruned", "mood-full")
+
+
+def test_relative_paths_start_at_the_file(config: Path) -> None:
+    keys = {"auth.mode": "keys", "auth.keys_file": "secrets/keys.txt"}
+    settings = load_settings(edited(config, keys), {})
+    assert settings.auth.keys_file == str(config.parent / "secrets" / "keys.txt")
+    assert settings.storage.url == f"sqlite:///{config.parent}/secateur.db"
+    absolute = load_settings(edited(config, {"storage.url": "sqlite:////var/lib/secateur.db"}), {})
+    assert absolute.storage.url == "sqlite:////var/lib/secateur.db"
+
+
+def test_hash_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hash_key() is None
+    monkeypatch.setenv("SECATEUR_HASH_KEY", "k" * 32)
+    assert hash_key() == b"k" * 32
+    monkeypatch.setenv("SECATEUR_HASH_KEY", "k" * 31)
+    with pytest.raises(ConfigError, match="SECATEUR_HASH_KEY must have at least 32 bytes"):
+        hash_key()
 
 
 def test_explicit_mode_allows_any_address(config: Path) -> None:

@@ -1,0 +1,1 @@
+"""Experiments on live traffic: their state, their records, their report and their page."""
