@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,6 +19,8 @@ from models.errors import ConfigError
 from service.deployments import Deployment, Loader, Registry
 from service.engine import Engine
 from service.errors import ApiError
+from service.guard import Guard
+from service.keys import Keyring
 from service.metrics import Metrics
 from service.middleware import Edge
 from service.routes import add_routes
@@ -31,12 +34,13 @@ WATCHDOG_SECONDS = 1.0
 def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
     """Build the application. Models load in the background once it starts, so probes answer at once.
 
-    Raises ConfigError if models.backend cannot run on the device.
+    Raises ConfigError if models.backend cannot run on the device, or the file of keys cannot be used.
     """
     device = _device(settings.models.device)
     _check_backend(device, settings.models.backend)
     metrics = Metrics(task.slo_ms / 1000 for task in settings.tasks.values() if task.slo_ms is not None)
     registry = Registry(settings)
+    keyring = Keyring(Path(settings.auth.keys_file)) if settings.auth.keys_file else None
 
     def on_loaded(deployment: Deployment) -> None:
         outcome = "ok" if deployment.is_ready else "failed"
@@ -48,7 +52,7 @@ def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = Engine(settings.limits, settings.engine, metrics)
-        app.state.runtime = Runtime(settings, metrics, registry, engine)
+        app.state.runtime = Runtime(settings, metrics, registry, engine, keyring)
         engine.start()
         arguments = (load, device, settings.models.dtype, settings.models.backend, on_loaded)
         threading.Thread(target=registry.load_all, args=arguments, name="secateur-loader", daemon=True).start()
@@ -67,6 +71,8 @@ def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
     )
     add_routes(app)
     app.add_exception_handler(HTTPException, _translate)
+    if keyring is not None:
+        app.add_middleware(Guard, keyring=keyring)
     app.add_middleware(Edge, metrics=metrics)
     return app
 

@@ -11,6 +11,7 @@ import service as package
 from service.deployments import Readiness, Registry, State
 from service.engine import Engine
 from service.errors import ApiError
+from service.keys import Keyring
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -23,6 +24,7 @@ class Runtime:
     metrics: Metrics
     registry: Registry
     engine: Engine
+    keyring: Keyring | None = None
     is_draining: bool = False
 
     @property

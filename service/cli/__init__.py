@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import typer
 
 from models.errors import CheckpointError, SecateurError
-from service.cli import demo
+from service.cli import demo, keys
+from service.cli.calibrate import calibrate_cascade
 from service.cli.checkpoints import classify, inspect
 from service.cli.evaluate import evaluate
 from service.cli.importing import import_vmoe
@@ -23,7 +24,7 @@ app = typer.Typer(
     name="secateur",
     help="Prune fine-tuned Mixture-of-Experts classifiers, prove that nothing was lost, serve what survives.",
     epilog="Exit codes: 0 done, 1 a checkpoint is broken or failed its verification, 2 the request makes no sense, "
-    "3 a plan found nothing that passes.",
+    "3 a plan or a calibration found nothing that passes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,11 +36,13 @@ app.command("inspect")(inspect)
 app.command("evaluate")(evaluate)
 app.command("prune", cls=PruneCommand)(prune)
 app.command("plan")(plan)
+app.command("calibrate-cascade")(calibrate_cascade)
 app.command("pretrain")(pretrain)
 app.command("finetune")(finetune)
 app.command("recover")(recover)
 app.command("import-vmoe")(import_vmoe)
 app.add_typer(demo.app, name="demo")
+app.add_typer(keys.app, name="keys")
 app.command("check-config")(check_config)
 
 
