@@ -63,11 +63,21 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct storages behind the weights: what they hold in memory, whatever they show.
+
+    Equal to the sum of `weight_bytes` unless a weight is a view of something larger, which then cannot be freed.
+    """
+    weights = (*model.parameters(), *(buffer for _, buffer in _stored_buffers(model)))
+    return sum(_storages(weights).values())
+
+
 def resident_bytes(models: Iterable[nn.Module]) -> int:
     """Bytes of the distinct storages behind all parameters and buffers: a view keeps its whole storage alive."""
-    storages = {}
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            storage = tensor.untyped_storage()
-            storages[(tensor.device, storage.data_ptr())] = storage.nbytes()
-    return sum(storages.values())
+    return sum(_storages(tensor for model in models for tensor in (*model.parameters(), *model.buffers())).values())
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[torch.device, int], int]:
+    """Bytes by where a storage lies."""
+    storages = ((tensor.device, tensor.untyped_storage()) for tensor in tensors)
+    return {(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}

@@ -11,6 +11,7 @@ from typing import Literal
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from models.warmup import warm_up
+from service.device_memory import allocated_bytes
 from service.prediction import DEFAULT_ACTIVATION, Activation
 from service.sections import TaskSettings
 from service.settings import Settings
@@ -39,7 +40,10 @@ class LoadError(Exception):
 
 @dataclass(eq=False)
 class Deployment:
-    """One checkpoint under its name on the wire. `checkpoint` is set before the state becomes testing."""
+    """One checkpoint under its name on the wire. `checkpoint` is set before the state becomes testing.
+
+    allocator_delta: bytes by which loading it made the device's allocator grow; None on a CPU, which has none to ask.
+    """
 
     name: str
     task: str
@@ -49,6 +53,7 @@ class Deployment:
     state: State = State.LOADING
     error_code: str | None = None
     load_seconds: float | None = None
+    allocator_delta: int | None = None
     loaded: Checkpoint | None = None
 
     @property
@@ -115,7 +120,7 @@ class Registry:
         """Load and test every deployment, required ones first, and report each. A failure concerns only its own."""
         names = [name for task in self.tasks.values() for name in task.settings.required_names]
         for name in dict.fromkeys([*names, *self.deployments]):
-            self._load(self.deployments[name], lambda path: load(path, device, dtype, backend))
+            self._load(self.deployments[name], device, lambda path: load(path, device, dtype, backend))
             on_loaded(self.deployments[name])
 
     def readiness(self) -> Readiness:
@@ -132,10 +137,13 @@ class Registry:
             return "degraded"
         return "ready"
 
-    def _load(self, deployment: Deployment, load: Callable[[Path], Checkpoint]) -> None:
+    def _load(self, deployment: Deployment, device: str, load: Callable[[Path], Checkpoint]) -> None:
         started = time.monotonic()
         try:
+            before = allocated_bytes(device)
             deployment.loaded = load(deployment.path)
+            after = allocated_bytes(device)
+            deployment.allocator_delta = None if before is None or after is None else after - before
             deployment.state = State.TESTING
             self._check(deployment, deployment.loaded)
             warm_up(deployment.loaded.model, deployment.max_batch_tokens, self._max_batch_items)

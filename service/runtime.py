@@ -9,21 +9,33 @@ from starlette.requests import Request
 
 import service as package
 from service.deployments import Readiness, Registry, State
+from service.device_memory import publish_device_memory
 from service.engine import Engine
 from service.errors import ApiError
+from service.experiments.control import Control
+from service.experiments.recorder import Recorder
 from service.keys import Keyring
 from service.metrics import Metrics
 from service.settings import Settings
+from service.shadow import ShadowLane
+from service.storage.store import Store
 
 
 @dataclass
 class Runtime:
-    """Everything routes need. `is_draining` is set once, by the first signal to stop."""
+    """Everything routes need. store: None while no experiment is configured.
+
+    is_draining: set once, by the first signal to stop.
+    """
 
     settings: Settings
     metrics: Metrics
     registry: Registry
     engine: Engine
+    store: Store | None
+    control: Control
+    recorder: Recorder
+    shadow: ShadowLane
     keyring: Keyring | None = None
     is_draining: bool = False
 
@@ -61,6 +73,8 @@ class Runtime:
             for state in State:
                 names = {"task": deployment.task, "variant": deployment.name, "state": state.value}
                 metrics.set("deployment_state", deployment.state is state, **names)
+        devices = {d.checkpoint.model.device for d in self.registry.deployments.values() if d.is_ready}
+        publish_device_memory(metrics, devices)
         metrics.set("ready", self.status in ("ready", "degraded"))
         metrics.set("auth_open", self.settings.auth.mode == "open")
         metrics.set("worker_heartbeat_timestamp_seconds", time.time() - (time.monotonic() - self.engine.heartbeat))

@@ -1,7 +1,7 @@
 """What weights cost and what pruning saved, measured from the loaded tensors."""
 
 from models.checkpoint import Checkpoint
-from models.memory import resident_bytes
+from models.memory import held_bytes, resident_bytes
 from service.deployments import Deployment, Registry, Task
 from service.metrics import Metrics
 
@@ -20,17 +20,18 @@ def publish_weights(metrics: Metrics, registry: Registry) -> None:
 def saved_bytes(task: Task, deployment: Deployment) -> tuple[int, int, str] | None:
     """Return (bytes saved, bytes of the baseline, basis), both sides served alone; None if no baseline is known.
 
-    Basis `loaded`: the task's full deployment in this process. Basis `manifest`: the parent that the manifest records,
-    at the size it would have in this dtype.
+    What a variant costs is what its storages hold, not what its shapes declare: an expert that is cut and still
+    allocated saves nothing. Basis `loaded`: the task's full deployment in this process. Basis `manifest`: the parent
+    that the manifest records, at the size it would have in this dtype.
     """
     checkpoint = deployment.checkpoint
     if task.full.is_ready:
-        baseline, basis = alone_bytes(task.full.checkpoint), "loaded"
+        baseline, basis = held_bytes(task.full.checkpoint.model), "loaded"
     elif checkpoint.manifest is not None and checkpoint.manifest.parent is not None:
         baseline, basis = checkpoint.manifest.parent.parameters * checkpoint.model.dtype.itemsize, "manifest"
     else:
         return None
-    return baseline - alone_bytes(checkpoint), baseline, basis
+    return baseline - held_bytes(checkpoint.model), baseline, basis
 
 
 def alone_bytes(checkpoint: Checkpoint) -> int:
@@ -40,6 +41,8 @@ def alone_bytes(checkpoint: Checkpoint) -> int:
 
 def _publish_deployment(metrics: Metrics, deployment: Deployment) -> None:
     checkpoint, names = deployment.checkpoint, {"task": deployment.task, "variant": deployment.name}
+    if deployment.allocator_delta is not None:
+        metrics.set("load_allocator_delta_bytes", deployment.allocator_delta, variant=deployment.name)
     for part, size in checkpoint.weight_bytes().items():
         metrics.set("weights_bytes", size, **names, part=part)
     for state, counts in (("kept", checkpoint.experts_kept), ("total", checkpoint.experts_total)):

@@ -11,9 +11,11 @@ from service.cli.calibrate import calibrate_cascade
 from service.cli.checkpoints import classify, inspect
 from service.cli.evaluate import evaluate
 from service.cli.importing import import_vmoe
+from service.cli.measure import measure
 from service.cli.output import note
 from service.cli.plan import plan
 from service.cli.prune import PruneCommand, prune
+from service.cli.samplesize import samplesize
 from service.cli.serve import check_config, serve
 from service.cli.train import finetune, pretrain, recover
 
@@ -33,9 +35,11 @@ app = typer.Typer(
 app.command("serve")(serve)
 app.command("classify")(classify)
 app.command("inspect")(inspect)
+app.command("measure")(measure)
 app.command("evaluate")(evaluate)
 app.command("prune", cls=PruneCommand)(prune)
 app.command("plan")(plan)
+app.command("samplesize")(samplesize)
 app.command("calibrate-cascade")(calibrate_cascade)
 app.command("pretrain")(pretrain)
 app.command("finetune")(finetune)

@@ -10,7 +10,7 @@ from torch import nn
 
 from models.checkpoint import load_checkpoint
 from models.decoder import layer_parameters, outer_parameters
-from models.memory import PART_OF, PARTS, num_parameters, resident_bytes, weight_bytes
+from models.memory import PART_OF, PARTS, held_bytes, num_parameters, resident_bytes, weight_bytes
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
@@ -53,6 +53,7 @@ def test_resident_bytes_of_a_loaded_model(pristine: Path) -> None:
     loaded = load_checkpoint(pristine)
     expected = sum(loaded.weight_bytes().values()) + 4 * 2 * 48 * 6 + 2 * 4 * 4
     assert resident_bytes([loaded.model]) == expected
+    assert held_bytes(loaded.model) == sum(loaded.weight_bytes().values())
     assert resident_bytes([loaded.model, loaded.model]) == expected
     assert resident_bytes([loaded.model, load_checkpoint(pristine).model]) == 2 * expected
 
@@ -62,9 +63,9 @@ def test_a_view_keeps_its_whole_storage() -> None:
     parent = torch.zeros(100, 10)
     model.kept = nn.Parameter(parent[:3])
     assert weight_bytes(model)["other"] == 3 * 10 * 4
-    assert resident_bytes([model]) == 100 * 10 * 4
+    assert resident_bytes([model]) == held_bytes(model) == 100 * 10 * 4
     model.kept = nn.Parameter(parent[:3].clone())
-    assert resident_bytes([model]) == 3 * 10 * 4
+    assert resident_bytes([model]) == held_bytes(model) == 3 * 10 * 4
 
 
 def test_tied_parameters_count_once() -> None:

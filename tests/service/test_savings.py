@@ -1,6 +1,7 @@
 """Bytes saved are measured on the loaded tensors, each side served alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from models.errors import CheckpointError
 from models.manifest import Layer, Manifest, Source
 from service.deployments import Registry, State
+from service.device_memory import publish_device_memory
 from service.metrics import Metrics
 from service.savings import alone_bytes, publish_weights, saved_bytes
 from tests.service.conftest import Start
@@ -101,6 +103,55 @@ def test_a_view_keeps_its_parent_alive(tmp_path: Path, is_view: bool) -> None:
     publish_weights(metrics, registry)
     resident = metrics.registry.get_sample_value("secateur_weights_unique_bytes")
     assert (resident == alone_bytes(pruned.checkpoint)) is not is_view
+
+
+@pytest.mark.parametrize(("allocated", "saved"), [(2, FULL_BYTES - PRUNED_BYTES), (4, 0)])
+def test_an_expert_that_is_cut_and_still_allocated_saves_nothing(tmp_path: Path, allocated: int, saved: int) -> None:
+    registry = Registry(toy_settings(tmp_path))
+    pruned, full = registry.deployments["mood-pruned"], registry.deployments["mood-full"]
+    full.loaded, full.state = toy_checkpoint(), State.READY
+    model = ToyModel(kept=2)
+    model.w_in_PGD = nn.Parameter(torch.zeros(allocated, 4, 2)[:2], requires_grad=False)
+    pruned.loaded, pruned.state = toy_checkpoint(model=model), State.READY
+    assert alone_bytes(pruned.checkpoint) == PRUNED_BYTES
+    assert saved_bytes(registry.tasks["mood"], pruned) == (saved, FULL_BYTES, "loaded")
+
+
+def test_what_the_device_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA allocator of our own, since the gauges are absent on a CPU."""
+    sizes = iter([1000, 1000 + FULL_BYTES])
+    monkeypatch.setattr("service.deployments.allocated_bytes", lambda device: next(sizes))
+    registry, metrics = Registry(toy_settings(tmp_path)), Metrics()
+    for name in ("mood-pruned", "topics-full"):
+        registry.deployments.pop(name)
+    registry.tasks.pop("topics")
+    registry.load_all(toy_loader(), "cuda:0", "float32", "auto", lambda deployment: publish_weights(metrics, registry))
+    delta = metrics.registry.get_sample_value("secateur_load_allocator_delta_bytes", {"variant": "mood-full"})
+    assert delta == FULL_BYTES
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 30)
+    properties = SimpleNamespace(total_memory=80)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    publish_device_memory(metrics, {torch.device("cuda:0"), torch.device("cpu")})
+    found = {
+        sample.name: sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.labels.get("device") == "cuda:0"
+    }
+    assert found == {
+        "secateur_device_memory_allocated_bytes": 10,
+        "secateur_device_memory_reserved_bytes": 20,
+        "secateur_device_memory_peak_bytes": 30,
+        "secateur_device_memory_total_bytes": 80,
+    }
+
+
+def test_on_a_cpu_the_device_says_nothing(start: Start) -> None:
+    harness = start()
+    samples = [line for line in harness.client.get("/metrics").text.splitlines() if not line.startswith("#")]
+    assert not [line for line in samples if "allocator" in line or "device_memory" in line]
 
 
 def test_information_matches_the_manifest(start: Start) -> None:
