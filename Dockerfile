@@ -1,39 +1,76 @@
-# Secateur on the CPU: dependencies, then the source, then the demo's children, cut as `make serve` cuts them.
+# Secateur in a container: dependencies, the demo's models, and an image of what serves, each in a stage of its own.
 #
-#   docker build -t secateur:dev .
-#   docker run --rm -p 127.0.0.1:8000:8000 secateur:dev
-#
-# Wheels at hand, such as a CPU-only torch, save downloads: docker build --build-context wheels=FOLDER -t secateur:dev .
+#   docker build --tag secateur:dev .                                              for a CPU
+#   docker build --tag secateur:dev-cuda --build-arg DEVICE=cuda .                 for an NVIDIA GPU
+#   docker build --tag secateur:dev --build-context wheels=FOLDER .                with wheels at hand, such as torch
+#   docker run --rm --publish 127.0.0.1:8000:8000 secateur:dev
 ARG PYTHON=3.12
+ARG DEVICE=cpu
 
 # Empty unless the caller supplies a folder of that name.
 FROM scratch AS wheels
 
-FROM python:${PYTHON}-slim-bookworm
-
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+FROM python:${PYTHON}-slim-bookworm AS base
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /srv/secateur
 
-# The dependencies change less often than the source, so they have a layer of their own, made from their list alone.
+# Made from the list of dependencies alone, which changes less often than the source.
+FROM base AS dependencies
+ARG DEVICE
+# Where a torch for CPUs is; the default build brings gigabytes of CUDA libraries along.
+ARG TORCH_INDEX=
+# For `strip`; nothing of it reaches the image that serves.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends binutils \
+    && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /tmp/requirements.txt \
-    && pip install --no-cache-dir --find-links /wheels -c constraints.txt -r /tmp/requirements.txt \
-    && rm /tmp/requirements.txt
+    --mount=type=bind,source=docker/install.sh,target=/install.sh \
+    sh /install.sh
 
+# The children are cut as `make serve` cuts them, so that the first start serves at once.
+FROM dependencies AS models
 COPY kernels kernels
 COPY models models
 COPY service service
 COPY demo demo
 COPY LICENSE ./
-ENV PYTHONPATH=/srv/secateur
 # Weight files may be readable by their writer only, who is root here and not who serves.
-RUN python -m compileall -q kernels models service && python -m service demo path && chmod -R a+rX demo
+RUN python -m service demo path && chmod -R a+rX demo
+
+FROM base AS runtime-cpu
+
+# Triton compiles a launcher in C for each of its kernels when it is first needed: a compiler, and a folder for the
+# results, from which they are loaded.
+FROM base AS runtime-cuda
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && install --directory --owner 10001 --group 10001 /var/cache/triton
+ENV TRITON_CACHE_DIR=/var/cache/triton
+
+# hadolint ignore=DL3006
+FROM runtime-${DEVICE}
+ARG VERSION=dev
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Secateur" \
+      org.opencontainers.image.description="Serves full and pruned Mixture-of-Experts classifiers side by side" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+COPY --from=dependencies /opt/venv /opt/venv
+# Volumes that are mounted here take over the owner, who serves: records of experiments, models and keys.
+RUN install --directory --owner 10001 --group 10001 /var/lib/secateur /models /keys
+COPY --from=models /srv/secateur /srv/secateur
+ENV PYTHONPATH=/srv/secateur PYTHONDONTWRITEBYTECODE=1
 
 USER 10001:10001
 # All interfaces of the container; who reaches the port is decided where it is published.
-ENV SECATEUR_SERVER__HOST=0.0.0.0 SECATEUR_AUTH__MODE=open
+ENV SECATEUR_SERVER__HOST=0.0.0.0 \
+    SECATEUR_AUTH__MODE=open \
+    SECATEUR_STORAGE__URL=sqlite:////var/lib/secateur/secateur.db
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 \

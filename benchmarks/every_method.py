@@ -22,7 +22,6 @@ from models.pruning import METHODS
 from service.cli import main as secateur
 from service.demo import CHECKPOINTS, TASKS, DemoTask
 
-
 HEAD = "| checkpoint | bytes | accuracy, 95 % | change | seconds |\n| --- | --- | --- | --- | --- |"
 
 

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,24 +10,53 @@ from service.deployments import Deployment
 from service.prediction import Activation, Prediction
 from service.schemas import Query
 from service.selection import Exposure
+from service.storage.events import CascadeOutcome
 from service.ticket import Ticket
+
+MIXED: Literal["mixed"] = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What answered one input. row: its logits. way: through a cascade, None outside of one.
+
+    device_seconds: its share of all passes that it was in.
+    """
+
+    deployment: Deployment
+    row: list[float]
+    device_seconds: float
+    way: CascadeOutcome | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One request's result. predictions: one per input, in order."""
+    """One request's result. ticket: its first, in a cascade the candidate's. served, predictions: one per input."""
 
     id: str
     query: Query
     exposure: Exposure | None
     activation: Activation
     ticket: Ticket
+    served: list[Served]
     predictions: list[Prediction]
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def deployment(self) -> Deployment:
         return self.ticket.deployment
+
+    @property
+    def variant(self) -> str:
+        """The deployment that answered every input, or `mixed`."""
+        names = {served.deployment.name for served in self.served}
+        return names.pop() if len(names) == 1 else MIXED
+
+    @property
+    def cascade(self) -> CascadeOutcome | Literal["mixed"] | None:
+        """The way that every input went through a cascade, or `mixed`; None outside of one."""
+        ways = {served.way for served in self.served}
+        return ways.pop() if len(ways) == 1 else MIXED
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -51,9 +80,9 @@ def classify_document(answer: Answer) -> dict[str, Any]:
         "id": answer.id,
         "object": "list",
         "created": answer.created,
-        "model": answer.deployment.name,
+        "model": answer.variant,
         "task": answer.deployment.task,
-        "variant": answer.deployment.name,
+        "variant": answer.variant,
         "experiment": None
         if exposure is None
         else {
@@ -72,11 +101,11 @@ def classify_document(answer: Answer) -> dict[str, Any]:
                 "scores": answer.scores(prediction),
                 "probs": prediction.values if answer.query.top_k is None else None,
                 "num_classes": len(answer.labels),
-                "variant": answer.deployment.name,
+                "variant": served.deployment.name,
                 "tokens": item.tokens,
                 "truncated": item.truncated,
             }
-            for item, prediction in zip(answer.ticket.items, answer.predictions, strict=True)
+            for item, served, prediction in zip(answer.ticket.items, answer.served, answer.predictions, strict=True)
         ],
         "usage": answer.usage,
     }
@@ -88,7 +117,7 @@ def v1_document(answer: Answer) -> dict[str, Any]:
         "id": answer.id,
         "object": "list",
         "created": answer.created,
-        "model": answer.deployment.name,
+        "model": answer.variant,
         "data": [
             {
                 "index": index,

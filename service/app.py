@@ -19,14 +19,19 @@ from models.errors import ConfigError
 from service.deployments import Deployment, Loader, Registry
 from service.engine import Engine
 from service.errors import ApiError
+from service.experiments.control import Control
+from service.experiments.recorder import Recorder
+from service.experiments.refresh import Reports
 from service.guard import Guard
 from service.keys import Keyring
 from service.metrics import Metrics
 from service.middleware import Edge
-from service.routes import add_routes
+from service.routes import add_routes, methods_of
 from service.runtime import Runtime
 from service.savings import publish_weights
-from service.settings import Settings
+from service.settings import Settings, hash_key
+from service.shadow import ShadowLane
+from service.storage.store import Store
 
 WATCHDOG_SECONDS = 1.0
 
@@ -34,13 +39,16 @@ WATCHDOG_SECONDS = 1.0
 def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
     """Build the application. Models load in the background once it starts, so probes answer at once.
 
-    Raises ConfigError if models.backend cannot run on the device, or the file of keys cannot be used.
+    Raises ConfigError if models.backend cannot run on the device, the file of keys cannot be used, or the experiments'
+    database cannot be opened or contradicts their configuration.
     """
     device = _device(settings.models.device)
     _check_backend(device, settings.models.backend)
     metrics = Metrics(task.slo_ms / 1000 for task in settings.tasks.values() if task.slo_ms is not None)
     registry = Registry(settings)
     keyring = Keyring(Path(settings.auth.keys_file)) if settings.auth.keys_file else None
+    store, control = _experiments(settings, metrics)
+    reports = Reports(settings, control, store, registry, metrics) if store is not None else None
 
     def on_loaded(deployment: Deployment) -> None:
         outcome = "ok" if deployment.is_ready else "failed"
@@ -52,14 +60,27 @@ def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = Engine(settings.limits, settings.engine, metrics)
-        app.state.runtime = Runtime(settings, metrics, registry, engine, keyring)
+        recorder = Recorder(store, metrics)
+        seconds = settings.limits.timeout_ms / 1000
+        shadow = ShadowLane(engine, settings.engine, seconds, metrics, recorder.record)
+        parts = (settings, metrics, registry, engine, store, control, recorder, shadow, reports, keyring)
+        app.state.runtime = Runtime(*parts)
         engine.start()
+        shadow.start()
         arguments = (load, device, settings.models.dtype, settings.models.backend, on_loaded)
         threading.Thread(target=registry.load_all, args=arguments, name="secateur-loader", daemon=True).start()
-        watchdog = asyncio.create_task(_watch(engine))
+        watchers = [asyncio.create_task(_watch(engine, shadow))]
+        if reports is not None:
+            watchers.append(asyncio.create_task(reports.run()))
         yield
-        watchdog.cancel()
+        for watcher in watchers:
+            watcher.cancel()
         await engine.stop()
+        await shadow.stop()
+        if reports is not None:
+            await reports.stop()
+        if store is not None:
+            await asyncio.to_thread(store.close)
 
     app = FastAPI(
         title="Secateur",
@@ -69,7 +90,7 @@ def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    add_routes(app)
+    add_routes(app, settings.admin.enabled)
     app.add_exception_handler(HTTPException, _translate)
     if keyring is not None:
         app.add_middleware(Guard, keyring=keyring)
@@ -77,9 +98,10 @@ def create_app(settings: Settings, load: Loader = load_checkpoint) -> FastAPI:
     return app
 
 
-async def _watch(engine: Engine) -> None:
+async def _watch(engine: Engine, shadow: ShadowLane) -> None:
     while True:
         engine.check()
+        shadow.check()
         await asyncio.sleep(WATCHDOG_SECONDS)
 
 
@@ -87,12 +109,21 @@ async def _translate(request: Request, error: Exception) -> NoReturn:
     """Turn the framework's own refusals into ours; the edge renders them."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allowed = sorted({*(error.headers or {}).get("Allow", "").split(", ")} - {""})
-        if "GET" in allowed:
-            allowed = sorted({*allowed, "HEAD"})
-        headers = {"allow": ", ".join(allowed)}
+        headers = {"allow": ", ".join(methods_of(request))}
         raise ApiError("method_not_allowed", "the route does not have this method", headers=headers)
     raise ApiError("route_not_found", "no such route")
+
+
+def _experiments(settings: Settings, metrics: Metrics) -> tuple[Store | None, Control]:
+    """The database and what it knows of the experiments. Raises ConfigError, and then leaves nothing open."""
+    if not settings.experiments:
+        return None, Control(settings, None)
+    store = Store.open(settings.storage, hash_key(), metrics)
+    try:
+        return store, Control(settings, store)
+    except ConfigError:
+        store.close()
+        raise
 
 
 def _device(name: str) -> str:

@@ -6,10 +6,11 @@ lane; one worker thread runs batches. Threads report to the loop with `call_soon
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from service.deployments import Deployment
 from service.errors import ApiError, ClientClosedError
 from service.forward import Failure, Ran, run
 from service.lane import Counts, Lane
+from service.measures import measure_batch
 from service.metrics import Metrics
 from service.schemas import Picture, Query
 from service.sections import EngineSettings, Limits
-from service.ticket import Clock, Item, Outcome, Ticket
+from service.streams import PRIMARY, Stream
+from service.ticket import Clock, Item, Outcome, Ticket, Way
 
 log = logging.getLogger("secateur.engine")
 
@@ -60,6 +63,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._lane = Lane(settings.max_batch_items, clock, lambda items: self._post(self._leave, items))
         self._tokenizers = ThreadPoolExecutor(settings.tokenizer_threads, "secateur-tokenizer")
+        self._stream = Stream(PRIMARY)
         self._worker = threading.Thread(target=self._work, name="secateur-worker", daemon=True)
         self._open: set[Ticket] = set()
         self._idle = asyncio.Event()
@@ -69,6 +73,7 @@ class Engine:
         self._closed = False
         self.failed = False
         self.admitted = 0
+        self.out_of_memory_at = -math.inf
 
     def start(self) -> None:
         """Start the worker thread."""
@@ -79,24 +84,23 @@ class Engine:
 
         Raises ApiError, with nothing computed: engine_failed, draining, overloaded.
         """
-        if self.failed:
-            raise _engine_failed()
-        if self._refusing:
-            raise _draining()
-        items = len(query.inputs)
-        if not self.slots.reserve(items, sum(map(len, query.inputs))):
-            raise ApiError("overloaded", "too much work is waiting", retry_after_seconds=self._wait_seconds())
-        now = self._clock()
-        ticket = Ticket(deployment, query, request_id, deadline, now, self._loop.create_future())
-        ticket.items = [Item(ticket, index, len(given)) for index, given in enumerate(query.inputs)]
-        ticket.rows = [[] for _ in query.inputs]
-        ticket.missing = ticket.inside = items
-        self.admitted += items
-        self._open.add(ticket)
-        self._idle.clear()
-        ticket.timer = self._loop.call_later(max(deadline - now, 0), self._expire, ticket)
+        ticket = self._admit(deployment, query, [len(given) for given in query.inputs], deadline, request_id, "primary")
         self._tokenizers.submit(self._tokenize, ticket)
         return ticket
+
+    def submit_again(self, ticket: Ticket, indices: Sequence[int], deployment: Deployment, deadline: float) -> Ticket:
+        """Admit items of an answered ticket for another deployment of its task, which reads the same ids.
+
+        The new ticket's items and rows are in the order of `indices`. Raises ApiError like `submit`.
+        """
+        chosen = [ticket.items[index] for index in indices]
+        chars = [item.chars for item in chosen]
+        again = self._admit(deployment, ticket.query, chars, deadline, ticket.request_id, "cascade")
+        for item, source in zip(again.items, chosen, strict=True):
+            item.ids, item.length = source.ids, source.length
+        again.tokenized_at = again.admitted_at
+        self._lane.put(deployment, again.items)
+        return again
 
     def cancel(self, ticket: Ticket) -> None:
         """The client is gone: drop what has not run. No effect on a ticket that has ended."""
@@ -132,6 +136,11 @@ class Engine:
         return self._lane.counts()
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for anything. Any thread may ask: it takes no lock."""
+        return not self.slots.items
+
+    @property
     def heartbeat(self) -> float:
         """When the worker was last seen, on the engine's clock."""
         return self._lane.heartbeat
@@ -161,10 +170,14 @@ class Engine:
     def _work(self) -> None:
         try:
             while batch := self._lane.next():
+                model = batch.deployment.checkpoint.model
                 started = self._clock()
-                ran = run(batch.deployment.checkpoint.model, [item.ids for item in batch.items])
+                with self._stream.on(model.device):
+                    ran = run(model, [item.ids for item in batch.items])
                 if ran.outcome == "split":
                     self._lane.lower(batch.tokens // 2)
+                if ran.lacked_memory:
+                    self.out_of_memory_at = self._clock()
                 self._post(self._deliver, _Launch(batch, started, self._clock(), ran))
         except BaseException:
             log.exception("the worker thread died")
@@ -176,12 +189,35 @@ class Engine:
 
     # On the event loop.
 
+    def _admit(
+        self, deployment: Deployment, query: Query, chars: list[int], deadline: float, request_id: str, way: Way
+    ) -> Ticket:
+        if self.failed:
+            raise _engine_failed()
+        if self._refusing:
+            raise _draining()
+        if not self.slots.reserve(len(chars), sum(chars)):
+            raise ApiError("overloaded", "too much work is waiting", retry_after_seconds=self._wait_seconds())
+        now = self._clock()
+        ticket = Ticket(deployment, query, request_id, deadline, now, self._loop.create_future(), way)
+        ticket.items = [Item(ticket, index, size) for index, size in enumerate(chars)]
+        ticket.rows = [[] for _ in chars]
+        ticket.missing = ticket.inside = len(chars)
+        self.admitted += len(chars)
+        self._open.add(ticket)
+        self._idle.clear()
+        ticket.timer = self._loop.call_later(max(deadline - now, 0), self._expire, ticket)
+        return ticket
+
     def _deliver(self, launch: _Launch) -> None:
         batch, ran = launch.batch, launch.ran
         if self._closed:
             self._leave_late(batch.items)
             return
+        seconds = launch.ended - launch.started
+        seconds_per_token = seconds / batch.tokens
         for item, result in zip(batch.items, ran.results, strict=True):
+            item.pass_seconds, item.device_seconds = seconds, seconds_per_token * item.tokens
             ticket = item.ticket
             ticket.started_at = ticket.started_at or launch.started
             ticket.finished_at = launch.ended
@@ -197,17 +233,10 @@ class Engine:
         self._loop.call_soon(self._measure, launch)
 
     def _measure(self, launch: _Launch) -> None:
-        batch, ran = launch.batch, launch.ran
-        seconds = max(launch.ended - launch.started, 1e-6)
-        rate = batch.tokens / seconds
+        batch = launch.batch
+        rate = batch.tokens / max(launch.ended - launch.started, 1e-6)
         self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
-        variant, task = batch.deployment.name, batch.deployment.task
-        self._metrics.observe("batch_items", len(batch.items), variant=variant)
-        self._metrics.observe("batch_tokens", batch.tokens, variant=variant)
-        self._metrics.inc("batches_total", variant=variant, outcome=ran.outcome)
-        kept = ran.routed_slots - ran.dropped_slots
-        self._metrics.inc("routed_slots_total", kept, task=task, variant=variant, outcome="kept")
-        self._metrics.inc("routed_slots_total", ran.dropped_slots, task=task, variant=variant, outcome="pruned")
+        measure_batch(self._metrics, batch.deployment, len(batch.items), batch.tokens, launch.ran)
 
     def _item_failed(self, item: Item, failure: Failure) -> None:
         item.failed = True
@@ -264,7 +293,7 @@ class Engine:
     def _count(self, ticket: Ticket) -> None:
         blame_items = ticket.outcome == "failed" and any(item.failed for item in ticket.items)
         outcomes = Counter("cancelled" if blame_items and not item.failed else ticket.outcome for item in ticket.items)
-        labels = {"task": ticket.deployment.task, "variant": ticket.deployment.name, "lane": "primary"}
+        labels = {"task": ticket.deployment.task, "variant": ticket.deployment.name, "lane": ticket.way}
         for outcome, items in outcomes.items():
             self._metrics.inc("items_total", items, **labels, outcome=outcome)
 

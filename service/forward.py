@@ -31,6 +31,12 @@ class Ran:
     routed_slots: int = 0
     dropped_slots: int = 0
 
+    @property
+    def lacked_memory(self) -> bool:
+        """Whether the device had no room for the batch, or for an item of it."""
+        failures = (result for result in self.results if isinstance(result, Failure))
+        return self.outcome == "split" or any(failure.code == "out_of_memory" for failure in failures)
+
 
 def run(model: Classifier, sequences: list[Ids]) -> Ran:
     """Classify the sequences in one pass; isolate what fails.

@@ -1,18 +1,19 @@
 """One page about a plan: what was chosen, the front as table and plot, what was tried. It needs no network."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
+from service import html
 from service.cli.output import size
+from service.html import Scale, table
 
 Plan = Mapping[str, Any]
 Point = Mapping[str, Any]
 # Width and height of a plot, and of the frame inside it: left, top, right, bottom.
 WIDTH, HEIGHT = 420, 250
 FRAME = (52, 18, 408, 206)
-TICKS = 4
 
 
 def render(plan: Plan) -> str:
@@ -26,22 +27,15 @@ def render(plan: Plan) -> str:
         _watched(plan),
         _tried(plan),
     )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return html.document(title, STYLE, f"<main>\n<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</main>")
 
 
 def verdict(plan: Plan) -> str:
-    """What came out, in one or two sentences."""
+    """What came out, in a few sentences."""
     tolerance = plan["request"]["tolerance"]
     if plan["chosen"] is None:
         return f"Nothing passes: {_why_not(plan)}"
-    point = next(point for point in plan["front"] if point["name"] == plan["chosen"])
+    point = _named(plan, plan["chosen"])
     saved = 1 - point["bytes"] / plan["parent"]["bytes"]
     found = point["difference"]
     return (
@@ -49,8 +43,32 @@ def verdict(plan: Plan) -> str:
         f"{100 * saved:.0f} % less. On {found['rows']:,} rows that nothing was chosen by, its accuracy differs from "
         f"the parent's by {100 * found['value']:+.1f} points, and is at 95 % confidence no more than "
         f"{_lost(found['lower'])} points lower; {tolerance:g} were allowed. One row takes {_milliseconds(point)} "
-        f"instead of {_milliseconds(plan['parent'])}."
+        f"instead of {_milliseconds(plan['parent'])}.{_beside_half(plan)}{_still_smaller(plan)}"
     )
+
+
+def _named(plan: Plan, name: str) -> Point:
+    found: Point = next(point for point in plan["front"] if point["name"] == name)
+    return found
+
+
+def _beside_half(plan: Plan) -> str:
+    """How the chosen child stands to what keeping half of the experts would have given."""
+    if plan["reference"] is None:
+        return ""
+    half = _named(plan, plan["reference"])
+    rows = f"On all {plan['rows']['dev']:,} dev rows"
+    if half["name"] == plan["chosen"]:
+        return f" It is the most faithful child of half the experts, and {rows.lower()} no smaller one that passed was as good."
+    state = "behind" if plan["behind_reference"] else "not behind"
+    return f" {rows} it is {state} the most faithful child of half the experts, {half['name']}, {size(half['bytes'])}."
+
+
+def _still_smaller(plan: Plan) -> str:
+    if plan["smallest"] == plan["chosen"]:
+        return ""
+    bytes_ = size(_named(plan, plan["smallest"])["bytes"])
+    return f" Smaller, and within the tolerance too, but behind that child: {plan['smallest']}, {bytes_}."
 
 
 def _milliseconds(point: Point) -> str:
@@ -96,10 +114,10 @@ def _why_not(plan: Plan) -> str:
 
 def _chosen(plan: Plan) -> str:
     state = "none" if plan["chosen"] is None else "found"
-    child = f"<p>The checkpoint is in <code>{escape(plan['child']['path'])}</code>.</p>" if plan["child"] else ""
-    return (
-        f'<section class="{state}"><h2>The smallest that passes</h2>\n<p>{escape(verdict(plan))}</p>{child}</section>'
-    )
+    places = [plan["child"]["path"]] if plan["child"] else []
+    places += ["smallest"] if plan["smallest"] != plan["chosen"] else []
+    told = f"<p>Written to {' and '.join(f'<code>{escape(place)}</code>' for place in places)}.</p>" if places else ""
+    return f'<section class="{state}"><h2>What was chosen</h2>\n<p>{escape(verdict(plan))}</p>{told}</section>'
 
 
 def front_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
@@ -116,7 +134,7 @@ def front_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
             f"{point['flops_per_token'] / 1e6:.2f} M",
             _milliseconds(point),
             f"{1000 * latency['batch_seconds']:.1f} ms",
-            "chosen" if point["name"] == plan["chosen"] else "",
+            next((word for word in ("chosen", "smallest", "reference") if point["name"] == plan[word]), ""),
         )
 
 
@@ -145,13 +163,13 @@ def _front(plan: Plan) -> str:
     batch = plan["parent"]["latency"]["batch_rows"]
     return (
         f"<section><h2>The front</h2>\n<p>On the {rows['choosing']:,} rows that choose, none of these had a rival that "
-        "promises more and needs no more bytes, or no more arithmetic. Accuracy is on all "
-        f"{rows['dev']:,} dev rows, a third of which chose, with 95 % Wilson intervals; the change, and above what it "
-        f"is at 95 %, on the {rows['confirming']:,} others. Latency is the median of single rows and of a batch of "
-        f"{batch} on this machine: {escape(machine['cpu'])}, threads {machine['threads']}, "
-        f"{escape(machine['device'])}, backend {escape(machine['backend'])}. FLOPs leave out what cut experts "
-        "save.</p>\n"
-        + _table("Accuracy against cost", FRONT_COLUMNS, front_rows(plan), mark="chosen")
+        "is nearer to the parent and needs no more bytes, or no more arithmetic; the reference is the nearest of those "
+        f"that keep half of the experts. Accuracy is on all {rows['dev']:,} dev rows, a fifth of which chose, with "
+        f"95 % Wilson intervals; the change, and above what it is at 95 %, on the {rows['confirming']:,} others. "
+        f"Latency is the median of single rows and of a batch of {batch} on this machine: {escape(machine['cpu'])}, "
+        f"threads {machine['threads']}, {escape(machine['device'])}, backend {escape(machine['backend'])}. FLOPs leave "
+        "out what cut experts save.</p>\n"
+        + table("Accuracy against cost", FRONT_COLUMNS, front_rows(plan), mark="chosen")
         + f'\n<div class="plots">{plots}</div></section>'
     )
 
@@ -161,13 +179,18 @@ def _claim(plan: Plan) -> str:
     return (
         f"<section><h2>What is claimed, and how</h2>\n<p>{rows['calibration']:,} train rows calibrated. The "
         f"{rows['dev']:,} dev rows were split by groups. On {rows['choosing']:,} of them candidates raced: all on few "
-        "rows, the better half of each size on twice as many, and so on; what was clearly worse went at once. The best "
-        f"were put in an order, from the safest to the smallest. On the other {rows['confirming']:,} rows, of "
+        "rows, the half of each size that is nearer to the parent on twice as many, and so on; what was clearly worse "
+        "went at once. Near is how little the probability of the true label moves: on few rows this tells children "
+        "apart that have the same labels right, and no lucky gain counts. The nearest of every size were put in an "
+        f"order, from the largest and safest to the smallest. On the other {rows['confirming']:,} rows, of "
         f"{rows['confirming_groups']:,} groups, that order was tested until the first failure, each at 5 %: for a "
         "wrong choice, the first wrong candidate of the order has to pass, and the chance of that is 5 %. To pass, two "
         "one-sided 95 % bounds of the paired difference must be above minus the tolerance: an exact one, which takes "
         "rows as independent, and one over groups by Student's t, which is an approximation where groups are few. "
-        "Test rows were not looked at.</p></section>"
+        "Of those that passed, the smallest was chosen that is not behind the reference on all dev rows, neither in "
+        "rows that it has right nor in the mean probability of the true label; if all were, the smallest. Test rows "
+        "were not looked at.</p>"
+        "</section>"
     )
 
 
@@ -186,9 +209,7 @@ def _ladder(plan: Plan) -> str:
         for step in plan["ladder"]
     ]
     columns = ("variant", "bytes", "change, points", "95 % bound", "rows gained", "rows lost", "result")
-    return (
-        f"<section><h2>The test, in order</h2>\n{_table('From the safest to the smallest', columns, cells)}</section>"
-    )
+    return f"<section><h2>The test, in order</h2>\n{table('From the safest to the smallest', columns, cells)}</section>"
 
 
 def _watched(plan: Plan) -> str:
@@ -245,39 +266,16 @@ def _tried(plan: Plan) -> str:
     return (
         f"<section><h2>What was tried</h2>\n<details><summary>{len(cells)} candidates of "
         f"{len({x['method'] for x in plan['tried']})} methods, and {len(left_out)} methods left out</summary>\n"
-        + _table("Everything that was tried, by method", columns, [*cells, *left_out], words=(4, 5))
+        + table("Everything that was tried, by method", columns, [*cells, *left_out], words=(4, 5))
         + "</details></section>"
-    )
-
-
-def _table(
-    caption: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    mark: str | None = None,
-    words: Sequence[int] = (),
-) -> str:
-    """The first column heads its row; columns in `words` are text, the others numbers."""
-    head = "".join(f'<th scope="col">{escape(column) or "<span class=hidden>note</span>"}</th>' for column in columns)
-    body = []
-    for first, *cells in rows:
-        chosen = ' class="mark"' if mark is not None and mark in cells else ""
-        inner = "".join(
-            f"<td{' class=text' if number in words else ''}>{escape(cell)}</td>" for number, cell in enumerate(cells, 1)
-        )
-        body.append(f'<tr{chosen}><th scope="row">{escape(first)}</th>{inner}</tr>')
-    name = escape(caption)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table><caption>{name}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 def _plot(plan: Plan, name: str, value: Callable[[Point], float], shown: Callable[[float], str]) -> str:
     """Accuracy with its interval against one cost; the table beside it has the numbers."""
     points = [plan["parent"], *plan["front"]]
-    x = _Scale([value(p) for p in points], FRAME[0], FRAME[2], from_zero=True)
-    y = _Scale([bound for p in points for bound in p["accuracy_interval"]], FRAME[3], FRAME[1])
+    x = Scale([value(p) for p in points], FRAME[0], FRAME[2], from_zero=True)
+    y = Scale([bound for p in points for bound in p["accuracy_interval"]], FRAME[3], FRAME[1])
     parts = [f'<line class="axis" x1="{FRAME[0]}" y1="{FRAME[3]}" x2="{FRAME[2]}" y2="{FRAME[3]}"/>']
     for tick in y.ticks():
         parts.append(f'<line class="grid" x1="{FRAME[0]}" y1="{y(tick):.1f}" x2="{FRAME[2]}" y2="{y(tick):.1f}"/>')
@@ -311,62 +309,16 @@ def _plot(plan: Plan, name: str, value: Callable[[Point], float], shown: Callabl
     )
 
 
-class _Scale:
-    """Values onto pixels, with a little room at the ends and round numbers to name."""
-
-    def __init__(self, values: Sequence[float], first: float, last: float, from_zero: bool = False) -> None:
-        low, high = (0.0 if from_zero else min(values)), max(values)
-        room = 0.1 * (high - low) or 0.01 * max(abs(high), 1e-9)
-        self.low, self.high = (low if from_zero else low - room), high + room
-        self.first, self.last = first, last
-
-    def __call__(self, value: float) -> float:
-        return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
-
-    def ticks(self) -> list[float]:
-        rough = (self.high - self.low) / TICKS
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.7 * rough)
-        begin = math.ceil(self.low / step)
-        return [number * step for number in range(begin, math.floor(self.high / step) + 1)]
-
-
-STYLE = """
-:root{color-scheme:light dark;--page:#fcfcfb;--ink:#1a1a19;--soft:#5c5b57;--line:#d9d7d0;--grid:#ebe9e3;--hue:#1f6f54;
---hue-soft:#e4f1ec;--warn:#8a3b12;--warn-soft:#faece4;--other:#6b7a90}
-@media (prefers-color-scheme:dark){:root{--page:#171817;--ink:#ecebe6;--soft:#a9a79f;--line:#3b3c3a;--grid:#282a28;
---hue:#6fcfa8;--hue-soft:#1c3129;--warn:#f0a57c;--warn-soft:#37241a;--other:#93a4bd}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:72rem;margin:0 auto;padding:2rem 1.25rem 4rem}
-h1{font-size:1.6rem;margin:0 0 1.25rem}
-h2{font-size:1.15rem;margin:0 0 .5rem}
-section{margin:0 0 2rem}
-p{max-width:46rem;margin:.4rem 0}
+STYLE = (
+    html.STYLE
+    + """
 .found,.none{padding:1rem 1.25rem;border-left:4px solid var(--hue);background:var(--hue-soft)}
 .none{border-color:var(--warn);background:var(--warn-soft)}
 .found p{font-size:1.1rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;width:100%}
-caption{text-align:left;color:var(--soft);padding:.4rem 0}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td.text{text-align:left}
-td.text{white-space:normal;min-width:9rem}
-thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}
-tbody th{font-weight:400}
-.mark th,.mark td{background:var(--hue-soft);font-weight:600}
-.hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1.25rem;margin-top:1.25rem}
-figure{margin:0}
-figcaption{color:var(--soft);font-size:.8125rem}
 svg{width:100%;height:auto;display:block}
-svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
-svg .label{fill:var(--ink);font-weight:600}
-.axis{stroke:var(--line)}.grid{stroke:var(--grid)}
 g line{stroke:var(--other);stroke-width:1.5}g circle{fill:var(--other)}
 .chosen line{stroke:var(--hue);stroke-width:2}.chosen circle{fill:var(--hue)}
 .parent line{stroke:var(--soft)}.parent circle{fill:var(--page);stroke:var(--soft);stroke-width:2}
-summary{cursor:pointer;padding:.3rem 0}
-code{font:.9em ui-monospace,monospace}
-a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--hue);outline-offset:2px}
 """
+)

@@ -11,8 +11,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Match, Route
 
 from service import reports
 from service.answers import (
@@ -27,6 +29,9 @@ from service.answers import (
 from service.body import is_form, read_form, read_json
 from service.classification import classify
 from service.errors import ApiError
+from service.experiments.document import ExperimentPatch, Report, ReportList
+from service.experiments.feedback import FeedbackRequest, FeedbackResponse
+from service.experiments.routes import get_experiment, get_experiments, patch_experiment, post_feedback
 from service.jsonio import JSONAnswer
 from service.runtime import runtime_of
 from service.schemas import (
@@ -45,9 +50,11 @@ STARTED = int(time.time())
 TEXT = {"schema": {"type": "string"}}
 NAME = {"parameters": [{"name": "name", "in": "path", "required": True, **TEXT}]}
 TASK = {"parameters": [{"name": "task", "in": "query", "required": False, **TEXT}]}
+FORMAT = {"name": "format", "in": "query", "required": False, "schema": {"type": "string", "enum": ["html", "json"]}}
+PAGE = {"responses": {"200": {"content": {"text/html": TEXT}}}}
 
 
-def _body(shape: type[Shape]) -> dict[str, Any]:
+def _body(shape: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI entry of a body that the handler reads itself."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": shape.model_json_schema()}}}}
 
@@ -137,7 +144,7 @@ async def get_metrics(request: Request) -> Response:
 class Row:
     """One route. answer: the model of its 200 response; media: the class that says its type.
 
-    extra: what OpenAPI cannot see in the handler.
+    extra: what OpenAPI cannot see in the handler. is_admin: unknown (404, not 405) unless `admin.enabled`.
     """
 
     method: str
@@ -146,6 +153,7 @@ class Row:
     answer: Any = dict[str, Any]
     extra: dict[str, Any] | None = None
     media: type[Response] = JSONAnswer
+    is_admin: bool = False
 
 
 ROUTES = (
@@ -159,6 +167,10 @@ ROUTES = (
     Row("GET", "/v1/models", get_models),
     Row("GET", "/deployments", get_deployments),
     Row("GET", "/deployments/{name}", get_deployment, extra=NAME),
+    Row("POST", "/feedback", post_feedback, FeedbackResponse, _body(FeedbackRequest)),
+    Row("GET", "/experiments", get_experiments, ReportList, PAGE | {"parameters": [FORMAT]}),
+    Row("GET", "/experiments/{name}", get_experiment, Report, PAGE | {"parameters": [*NAME["parameters"], FORMAT]}),
+    Row("PATCH", "/experiments/{name}", patch_experiment, Report, _body(ExperimentPatch) | NAME, is_admin=True),
     Row("GET", "/metrics", get_metrics, str, media=PlainTextResponse),
 )
 
@@ -171,14 +183,33 @@ class PlainRoute(APIRoute):
         return self.endpoint
 
 
-def add_routes(app: FastAPI) -> None:
+async def _no_such_route(request: Request) -> Response:
+    """What an admin route answers where there is no admin; its path has other methods, so that it must be said."""
+    raise ApiError("route_not_found", "no such route")
+
+
+def methods_of(request: Request) -> list[str]:
+    """What the request's path answers to; the framework would name the methods of its first route only."""
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.endpoint != _no_such_route]
+    found = {
+        method
+        for route in routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
+
+
+def add_routes(app: FastAPI, is_admin: bool) -> None:
     """Put the table into the application; HEAD is answered by the edge."""
     app.router.route_class = PlainRoute
     for row in ROUTES:
+        exists = is_admin or not row.is_admin
         app.add_api_route(
             row.path,
-            row.handler,
+            row.handler if exists else _no_such_route,
             methods=[row.method],
+            include_in_schema=exists,
             response_model=row.answer,
             response_class=row.media,
             responses={"default": {"model": ErrorResponse, "description": "The one error dialect"}},

@@ -14,6 +14,7 @@ from service.engine import Engine
 from service.errors import ApiError
 from service.experiments.control import Control
 from service.experiments.recorder import Recorder
+from service.experiments.refresh import Reports
 from service.keys import Keyring
 from service.metrics import Metrics
 from service.settings import Settings
@@ -23,7 +24,7 @@ from service.storage.store import Store
 
 @dataclass
 class Runtime:
-    """Everything routes need. store: None while no experiment is configured.
+    """Everything routes need. store, reports: None while no experiment is configured.
 
     is_draining: set once, by the first signal to stop.
     """
@@ -36,6 +37,7 @@ class Runtime:
     control: Control
     recorder: Recorder
     shadow: ShadowLane
+    reports: Reports | None = None
     keyring: Keyring | None = None
     is_draining: bool = False
 

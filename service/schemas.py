@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -115,7 +115,7 @@ def _tag(value: Any) -> str:
 
 
 # Names that pydantic puts into the path of an error; no part of the document has them.
-TEXT_TAG, IMAGE_TAG = "#text", "#image"
+TEXT_TAG, IMAGE_TAG, LIST_TAG = "#text", "#image", "#list"
 Given = Annotated[Annotated[Text, Tag(TEXT_TAG)] | Annotated[ImageBody, Tag(IMAGE_TAG)], Discriminator(_tag)]
 
 
@@ -232,6 +232,7 @@ class PredictRequest(NoOps):
 
 FORM_IMAGE = "image"
 Shape = ClassifyRequest | ClassifyV1Request | PredictRequest
+Shaped = TypeVar("Shaped", bound=BaseModel)
 # Pydantic's error types that have a code of their own; the custom types above are codes already.
 _CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
 
@@ -241,12 +242,16 @@ def parse(shape: type[Shape], document: Any, task: str | None) -> Query:
 
     Raises ApiError (422) for the first problem.
     """
+    query = validated(shape, document).query(task)
+    return replace(query, is_batch=isinstance(document.get(query.field), list))
+
+
+def validated(shape: type[Shaped], document: Any) -> Shaped:
+    """Check a parsed JSON document against any shape. Raises ApiError (422) for the first problem."""
     try:
-        query = shape.model_validate(document).query(task)
+        return shape.model_validate(document)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-    else:
-        return replace(query, is_batch=isinstance(document.get(query.field), list))
     kind = problem["type"]
     code = _CODES.get(kind, kind if kind in ERRORS else "validation_failed")
     message = f"unknown field, the fields are {', '.join(shape.model_fields)}" if code == "unknown_field" else None
@@ -315,7 +320,7 @@ def check_kind(query: Query, reads: Literal["text", "image"], limits: Limits) ->
 def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for part in location:
-        if part in (TEXT_TAG, IMAGE_TAG):
+        if part in (TEXT_TAG, IMAGE_TAG, LIST_TAG):
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path

@@ -2,15 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
-from service.assignment import arm, is_enrolled
+from service.assignment import arm, bucket, is_enrolled
 from service.deployments import Deployment, Registry, Task
 from service.errors import ApiError
 from service.schemas import Query
 from service.sections import ExperimentSettings
+from service.settings import Settings
+from service.storage.events import Source
 
-Source = Literal["subject", "request", "override"]
+
+class Standing(Protocol):
+    """The experiments as they stand now; winners: the deployments that answer their tasks instead of the default."""
+
+    @property
+    def experiments(self) -> Mapping[str, ExperimentSettings]: ...
+
+    @property
+    def winners(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -18,9 +28,24 @@ class Exposure:
     """How a request met an experiment. arm: the deployment it was meant for, or the one it asked for by name."""
 
     name: str
-    revision: int
+    experiment: ExperimentSettings
+    control: str
+    candidate: str
     arm: str
     source: Source
+
+    @property
+    def revision(self) -> int:
+        return self.experiment.revision
+
+    def is_in(self, mode: str) -> bool:
+        """Whether the experiment is in this mode and the request a part of its comparison."""
+        return self.experiment.mode == mode and self.source != "override"
+
+    def is_sampled(self, unit: str) -> bool:
+        """Whether a shadow's candidate is to see the items of this request, `unit` being its server-made id."""
+        points = round(self.experiment.sample * 100)
+        return self.is_in("shadow") and bucket(f"{_salt(self.name, self.experiment)}:shadow", unit) < points
 
 
 @dataclass(frozen=True)
@@ -46,26 +71,20 @@ class Selection:
         raise ApiError("deployment_unavailable", "the deployment could not be loaded")
 
 
-def select(
-    query: Query,
-    registry: Registry,
-    experiments: Mapping[str, ExperimentSettings],
-    default_task: str | None,
-    unit: str,
-) -> Selection:
+def select(query: Query, registry: Registry, settings: Settings, standing: Standing, unit: str) -> Selection:
     """Choose. `unit` is the server-made id, the assignment key of requests without a subject.
 
     Raises ApiError: task_required, task_not_found, variant_not_found.
     """
-    task, variant = _names(query, registry, default_task)
-    running = _running(experiments, task.name)
+    task, variant = _names(query, registry, settings.default_task)
+    running = _running(standing.experiments, task.name)
     if variant != "auto":
         deployment = task.full if variant == "full" else task.deployments[variant]
-        exposure = Exposure(running[0], running[1].revision, deployment.name, "override") if running else None
+        exposure = Exposure(*running, *settings.roles(running[1]), deployment.name, "override") if running else None
         return Selection(task, deployment, True, exposure)
-    exposure = _assigned(*running, query.subject, unit) if running else None
-    intended = task.deployments[exposure.arm] if exposure else task.default
-    return Selection(task, intended, False, exposure)
+    exposure = _assigned(*running, settings, query.subject, unit) if running else None
+    winner = standing.winners.get(task.name, task.settings.default_name)
+    return Selection(task, task.deployments[exposure.arm if exposure else winner], False, exposure)
 
 
 def _names(query: Query, registry: Registry, default_task: str | None) -> tuple[Task, str]:
@@ -104,11 +123,21 @@ def _running(experiments: Mapping[str, ExperimentSettings], task: str) -> tuple[
     return next(matches, None)
 
 
-def _assigned(name: str, experiment: ExperimentSettings, subject: str | None, unit: str) -> Exposure | None:
+def _assigned(
+    name: str, experiment: ExperimentSettings, settings: Settings, subject: str | None, unit: str
+) -> Exposure | None:
     key = unit if subject is None else subject
-    source: Source = "request" if subject is None else "subject"
-    salt = experiment.salt or name
+    salt = _salt(name, experiment)
     if not is_enrolled(salt, round(experiment.traffic * 100), key):
         return None
-    arms = [(arm.deployment, round(arm.weight * 100)) for arm in experiment.arms]
-    return Exposure(name, experiment.revision, arm(salt, arms, key), source)
+    control, candidate = settings.roles(experiment)
+    chosen = {"shadow": control, "cascade": candidate}.get(experiment.mode) or arm(salt, _weights(experiment), key)
+    return Exposure(name, experiment, control, candidate, chosen, "request" if subject is None else "subject")
+
+
+def _salt(name: str, experiment: ExperimentSettings) -> str:
+    return experiment.salt or name
+
+
+def _weights(experiment: ExperimentSettings) -> list[tuple[str, int]]:
+    return [(arm.deployment, round((arm.weight or 0) * 100)) for arm in experiment.arms]

@@ -9,6 +9,7 @@ from service.deployments import Deployment
 from service.schemas import Query
 
 Outcome = Literal["ok", "failed", "cancelled", "timeout", "drained", "client_error"]
+Way = Literal["primary", "cascade"]
 
 
 @dataclass(eq=False, slots=True)
@@ -16,7 +17,8 @@ class Ticket:
     """One admitted request. Times are seconds of one monotonic clock.
 
     future: resolved once, with None when every row is there, or with the error. outcome: set at that moment.
-    rows: the logits of each item. inside: items that still hold a slot.
+    rows: the logits of each item, empty while there are none. inside: items that still hold a slot. way: `cascade` if
+    another deployment has answered these items before.
     """
 
     deployment: Deployment
@@ -25,6 +27,7 @@ class Ticket:
     deadline: float
     admitted_at: float
     future: asyncio.Future[None]
+    way: Way = "primary"
     items: list["Item"] = field(default_factory=list)
     outcome: Outcome | None = None
     timer: asyncio.TimerHandle | None = None
@@ -46,7 +49,8 @@ class Item:
     """One input of a request. ids: what the encoder made of it, as long as it has tokens.
 
     order: its place in the order of arrival at the queues. failed: by its own fault. length: tokens before truncation.
-    has_left: its slot has been given back.
+    has_left: its slot has been given back. pass_seconds: of the pass that ran it. device_seconds: its share of that, by
+    tokens.
     """
 
     ticket: Ticket
@@ -57,6 +61,8 @@ class Item:
     order: int = 0
     failed: bool = False
     has_left: bool = False
+    pass_seconds: float = 0.0
+    device_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:

@@ -17,6 +17,8 @@ NOT_ALONE = {"premoe-union": "unites what several tasks keep, and here is one"}
 # Weights inside experts, with all of them kept: pattern by pattern instead of ratio by ratio.
 PATTERNS = {"moe-pruner": ("0.5", "2:4", "0.75")}
 NEIGHBOURS = 8
+# The ratio that is taken where nobody looks further.
+HALF = 0.5
 # What a ranking has to beat.
 BASELINE = "random"
 

@@ -133,12 +133,15 @@ def rows_to_confirm(tolerance: float) -> int:
     return math.ceil(math.log(ERROR - SHARE_ERROR) / math.log1p(-tolerance))
 
 
-def guess(parent_N: BoolArray, child_N: BoolArray, rows: int, errors: float = 1.645) -> float:
-    """Roughly the lower bound to be expected on other rows, so many of them: for ordering, not for a claim."""
-    change_N = child_N.astype(np.float64) - parent_N.astype(np.float64)
+def change(before_N: BoolArray, after_N: BoolArray) -> tuple[float, float]:
+    """Mean change and roughly its standard error, for choosing and not for a claim.
+
+    As if one row more had changed: of few rows, none changing says little.
+    """
+    change_N = after_N.astype(np.int64) - before_N.astype(np.int64)
     mean = float(change_N.mean())
     variance = (float(np.abs(change_N).sum()) + 1) / (len(change_N) + 1) - mean * mean
-    return mean - errors * math.sqrt(max(variance, 0.0) / rows)
+    return mean, math.sqrt(max(variance, 0.0) / len(change_N))
 
 
 def numbered(groups: Sequence[str]) -> npt.NDArray[np.int64]:

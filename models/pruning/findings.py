@@ -134,7 +134,7 @@ def tried(
     reasons: dict[Candidate, tuple[str, str]] = {c: ("impossible", why) for c, why in pool.impossible.items()}
     reasons |= {c: ("same", f"the same child as {other}") for c, other in pool.same.items()}
     reasons |= {c: ("dropped", f"{why} after {rows} rows") for c, (rows, why) in outcome.dropped.items()}
-    reasons |= dict.fromkeys(outcome.survivors, ("beaten", "another is no larger and promises more"))
+    reasons |= dict.fromkeys(outcome.survivors, ("beaten", "another is no larger and nearer to the parent"))
     reasons |= dict.fromkeys(finalists, ("front", ""))
     rank = {name: number for number, name in enumerate(order)}
     return [

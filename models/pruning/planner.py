@@ -1,14 +1,15 @@
 """The smallest child that is not worse than its parent by more than a tolerance, over all methods.
 
-Dev rows fall into two parts by groups. On a third of them candidates race (models/pruning/race.py) and are put into an
-order, from the safest to the smallest; on the others, which nothing was chosen by, that order is tested one after the
-other until the first failure (models/pruning/confirm.py). Test rows are thrown away before anything is done.
+Dev rows fall into two parts by groups. On a fifth of them candidates race (models/pruning/race.py) and are put into an
+order, from the safest to the smallest (models/pruning/ladder.py); on the others, which nothing was chosen by, they are
+tested in that order until the first failure (models/pruning/confirm.py). Of those that passed, the smallest is chosen
+that is not behind the most faithful child of half the experts. Test rows are thrown away before anything is done.
 """
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ from models.manifest import combined_sha256
 from models.progress import Progress, silent
 from models.pruning import METHODS
 from models.pruning.allocate import Rules
-from models.pruning.candidates import BASELINE, PARENT, Candidate, methods, neighbours, ratios, recipes
-from models.pruning.confirm import BoolArray, descend, guess, is_not_worse, numbered
+from models.pruning.candidates import BASELINE, HALF, PARENT, Candidate, methods, neighbours, ratios, recipes
+from models.pruning.confirm import change, descend, is_not_worse, numbered
 from models.pruning.findings import (
     WATCHED,
     WATCHED_RATIOS,
@@ -41,14 +42,15 @@ from models.pruning.findings import (
 from models.pruning.front import front
 from models.pruning.guards import refuse_compressed
 from models.pruning.journal import Journal
+from models.pruning.ladder import is_behind, ladder, taken
 from models.pruning.prune import TaskRows, gather, prune, task_rows
-from models.pruning.race import Result, Run, doubling, race
+from models.pruning.race import Result, Run, distance, doubling, race
 from models.pruning.stats import Core, LayerStats, RouterPair
 from models.pruning.workbench import DevRows, Workbench, digest, score
 
-CHILD, STATISTICS = "child", "statistics.safetensors"
-# The share of dev rows that choose. Of 584 rows, the 389 others can just confirm that nothing changed, to .8 points.
-CHOOSING = 1 / 3
+CHILD, SMALLEST, STATISTICS = "child", "smallest", "statistics.safetensors"
+# The share of dev rows that choose. To confirm that nothing changed, to a point, takes 301 rows: 400 dev rows can.
+CHOOSING = 1 / 5
 FIRST_ROUND = 24
 REFINEMENTS = 3
 # Of children that tie in bytes and accuracy, so many have their latency measured.
@@ -76,7 +78,10 @@ class Request:
 
 
 def plan(request: Request, progress: Progress = silent) -> dict[str, Any]:
-    """Search, write the smallest child that passes to out/child, and return what out/plan.json says.
+    """Search, write the chosen child to out/child, and return what out/plan.json says.
+
+    Chosen is the smallest that passes and, on all dev rows, is not behind the most faithful child of half the experts; if none
+    is as good, the smallest that passes. One that is behind, but passes and is smaller, goes to out/smallest.
 
     An interrupted search goes on where it was: every measurement is in plan.json, and everything else follows from
     them. `chosen` is None if nothing passes, and then no child is written. Raises PlanError, DataError or
@@ -100,11 +105,19 @@ def _planned(request: Request, progress: Progress) -> dict[str, Any]:
     pool = _pool(bench, request, progress)
     outcome = _raced(bench, pool.candidates, choosing, request, progress)
     outcome = _refined(bench, outcome, choosing, request, progress)
-    small, finalists = _finalists(bench, outcome.survivors, choosing, progress)
-    ladder = _ladder(bench, small, choosing, request.fraction)
-    passed, failed = descend(ladder, lambda candidate: _passes(bench, candidate, choosing, request.fraction))
-    chosen = passed[-1] if passed else None
-    child = _written(bench, chosen, choosing, request, progress) if chosen else None
+    reference = _reference(bench, outcome.survivors, choosing)
+    order = _order(bench, outcome.survivors, choosing, request.fraction)
+    finalists = _finalists(bench, outcome.survivors, {*order, reference}, choosing, progress)
+
+    def whole(candidate: Candidate) -> Run:
+        return bench.run(candidate, len(bench.dev.truth))
+
+    passed, failed = descend(order, lambda candidate: _passes(bench, candidate, choosing, request.fraction))
+    chosen = taken(passed, reference, whole)
+    smallest = passed[-1] if passed else None
+    child = _written(bench, chosen, CHILD, choosing, request, progress) if chosen else None
+    if smallest and smallest != chosen:
+        _written(bench, smallest, SMALLEST, choosing, request, progress)
 
     journal.finish(
         {
@@ -112,9 +125,12 @@ def _planned(request: Request, progress: Progress) -> dict[str, Any]:
             "rows": row_counts(rows, dev, choosing, request.fraction),
             "parent": described(bench, PARENT, choosing),
             "front": [described(bench, candidate, choosing) for candidate in finalists],
-            "ladder": steps(ladder, passed, failed),
+            "ladder": steps(order, passed, failed),
+            "reference": str(reference) if reference else None,
             "chosen": str(chosen) if chosen else None,
+            "behind_reference": is_behind(whole(chosen), whole(reference)) if chosen and reference else None,
             "child": child,
+            "smallest": str(smallest) if smallest else None,
             "router_norm_change": watched(bench, pool, choosing),
             "tried": tried(bench, pool, outcome, finalists),
             "left_out": dict(pool.left_out),
@@ -258,8 +274,8 @@ def _raced(
     return race(candidates, bench.run, _parent(bench), rounds, request.fraction, stay, progress)
 
 
-def _parent(bench: Workbench) -> Callable[[int], BoolArray]:
-    return lambda rows: bench.run(PARENT, rows).right_N
+def _parent(bench: Workbench) -> Callable[[int], Run]:
+    return lambda rows: bench.run(PARENT, rows)
 
 
 def _refined(
@@ -291,67 +307,62 @@ def _near(bench: Workbench, leader: Candidate) -> Iterator[Candidate]:
 
 
 def _leader(bench: Workbench, survivors: Iterable[Candidate], choosing: int, tolerance: float) -> Candidate | None:
-    """The smallest that is within the tolerance on the rows that choose."""
-    good = [c for c in survivors if _change(bench, c, choosing) > -tolerance]
-    return min(good, key=lambda c: _rank(bench.run(c, choosing)), default=None)
+    """The smallest that is within the tolerance on the rows that choose, and of its size the nearest to the parent."""
+    parent = bench.run(PARENT, choosing)
+    good = [c for c in survivors if change(parent.right_N, bench.run(c, choosing).right_N)[0] > -tolerance]
+    return min(good, key=lambda c: (bench.run(c, choosing).bytes, _distance(bench, c, choosing)), default=None)
 
 
-def _rank(run: Run) -> tuple[int, int, float]:
-    return run.bytes, -int(run.right_N.sum()), run.loss
-
-
-def _change(bench: Workbench, candidate: Candidate, rows: int) -> float:
-    right_N, parent_N = bench.run(candidate, rows).right_N, bench.run(PARENT, rows).right_N
-    return float(right_N.mean() - parent_N.mean())
+def _distance(bench: Workbench, candidate: Candidate, rows: int) -> float:
+    return distance(bench.run(PARENT, rows), bench.run(candidate, rows))
 
 
 # What is left, and what is claimed of it
 
 
+def _reference(bench: Workbench, survivors: Iterable[Candidate], choosing: int) -> Candidate | None:
+    """Of children of half the experts, the nearest to the parent: what one would take without a plan, at best."""
+    halves = [candidate for candidate in survivors if candidate.keep == HALF]
+    return min(halves, key=lambda c: _distance(bench, c, choosing), default=None)
+
+
+def _order(bench: Workbench, survivors: Sequence[Candidate], choosing: int, tolerance: float) -> tuple[Candidate, ...]:
+    """What is tested, from the safest to the smallest; fixed by the rows that choose alone."""
+    found = ladder(survivors, lambda c: bench.run(c, choosing), bench.run(PARENT, choosing), tolerance)
+    return tuple(_fastest(bench, candidate, survivors, choosing) for candidate in found)
+
+
 def _finalists(
-    bench: Workbench, survivors: Sequence[Candidate], choosing: int, progress: Progress
-) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
-    """By ascending bytes, all measured on all dev rows: those that no other beats in bytes and in what may be expected
-    on the other rows; and the same with those that no other beats in arithmetic."""
-    rows, parent_N = len(bench.dev.truth), bench.run(PARENT, choosing).right_N
-    ranked = sorted(survivors, key=lambda c: _rank(bench.run(c, choosing)))
-
-    def expected(candidate: Candidate) -> float:
-        return guess(parent_N, bench.run(candidate, choosing).right_N, rows - choosing)
-
-    small = front(ranked, lambda c: bench.run(c, choosing).bytes, expected)
-    small = tuple(_fastest(bench, candidate, ranked, choosing) for candidate in small)
-    lean = front(ranked, lambda c: bench.run(c, choosing).flops_per_token, expected)
-    finalists = tuple(c for c in ranked if c in small or c in lean)
+    bench: Workbench,
+    survivors: Sequence[Candidate],
+    wanted: Collection[Candidate | None],
+    choosing: int,
+    progress: Progress,
+) -> tuple[Candidate, ...]:
+    """By ascending bytes, all measured on all dev rows: those that are wanted, and those that no other beats in
+    arithmetic and distance from the parent."""
+    rows, ranked = len(bench.dev.truth), sorted(survivors, key=lambda c: bench.run(c, choosing).bytes)
+    lean = front(ranked, lambda c: bench.run(c, choosing).flops_per_token, lambda c: -_distance(bench, c, choosing))
+    finalists = tuple(c for c in ranked if c in wanted or c in lean)
     for number, candidate in enumerate((PARENT, *finalists)):
         progress(number, len(finalists) + 1, f"{rows} dev rows: {candidate}")
         bench.run(candidate, rows)
         bench.latency(candidate)
-    return small, finalists
+    return finalists
 
 
 def _fastest(bench: Workbench, candidate: Candidate, survivors: Iterable[Candidate], choosing: int) -> Candidate:
-    """Of those that tie with the candidate in bytes, right rows and likelihood to a hundredth, the one that answers
+    """Of those that tie with the candidate in bytes, right rows and distance to a thousandth, the one that answers
     soonest."""
 
     def tie(other: Candidate) -> tuple[int, int, float]:
         run = bench.run(other, choosing)
-        return run.bytes, int(run.right_N.sum()), round(run.loss / choosing, 2)
+        return run.bytes, int(run.right_N.sum()), round(_distance(bench, other, choosing), 3)
 
-    ties = [other for other in survivors if tie(other) == tie(candidate)]
+    ties = sorted((c for c in survivors if tie(c) == tie(candidate)), key=lambda c: _distance(bench, c, choosing))
     if len(ties) == 1:
         return candidate
     return min(ties[:FASTEST_OF], key=lambda other: bench.latency(other)["single_seconds"])
-
-
-def _ladder(bench: Workbench, small: Iterable[Candidate], choosing: int, tolerance: float) -> tuple[Candidate, ...]:
-    """Those that may be within the tolerance, from the safest to the smallest; fixed by the rows that choose alone.
-
-    One standard error is given to them: a doubtful one at the end of the order puts none before it at risk.
-    """
-    parent_N = bench.run(PARENT, choosing).right_N
-    good = [c for c in small if guess(parent_N, bench.run(c, choosing).right_N, choosing, errors=-1.0) > -tolerance]
-    return tuple(sorted(good, key=lambda c: -bench.run(c, choosing).bytes))
 
 
 def _passes(bench: Workbench, candidate: Candidate, choosing: int, tolerance: float) -> bool:
@@ -359,10 +370,10 @@ def _passes(bench: Workbench, candidate: Candidate, choosing: int, tolerance: fl
 
 
 def _written(
-    bench: Workbench, chosen: Candidate, choosing: int, request: Request, progress: Progress
+    bench: Workbench, chosen: Candidate, name: str, choosing: int, request: Request, progress: Progress
 ) -> dict[str, Any]:
     """The child through `prune`, as anybody else would make it; what is on disk must be what was measured."""
-    out = request.out / CHILD
+    out = request.out / name
     method = METHODS[chosen.method]
     if out.exists():
         child = load_checkpoint(out)
@@ -387,4 +398,4 @@ def _written(
     manifest = child.manifest
     if manifest is None or manifest.bytes != measured.bytes or (found.right_N != measured.right_N[choosing:]).any():
         raise CheckpointError(f"{out} is not the child that was measured: remove it, and plan again")
-    return {"path": CHILD, "artifact_sha256": child.artifact_sha256, "experts_kept": list(child.experts_kept)}
+    return {"path": name, "artifact_sha256": child.artifact_sha256, "experts_kept": list(child.experts_kept)}

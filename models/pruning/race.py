@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from models.progress import Progress, silent
-from models.pruning.confirm import BoolArray
+from models.pruning.confirm import BoolArray, change
 
 # One-sided 99 %: of a hundred comparisons of equals, one errs. No claim rests on it.
 CLEARLY = 2.33
@@ -20,12 +21,27 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Run:
-    """What one child did on the first rows: which it had right, the sum of their cross-entropies; and what it costs."""
+    """What one child did on the first rows: which it had right, their cross-entropies in nats; and what it costs."""
 
     right_N: BoolArray
-    loss: float
+    loss_N: npt.NDArray[np.float32]
     bytes: int
     flops_per_token: int = 0
+
+    @property
+    def confidence(self) -> npt.NDArray[np.float64]:
+        """Of each row, the probability of its true label."""
+        found_N: npt.NDArray[np.float64] = np.exp(-self.loss_N.astype(np.float64))
+        return found_N
+
+
+def distance(parent: Run, child: Run) -> float:
+    """How far the probability of a row's true label moves, on average: from 0 to 1.
+
+    It bounds the change of accuracy there would be if labels were drawn from the probabilities, and tells more than
+    whole rows do: of most children, few rows change sides.
+    """
+    return float(np.abs(child.confidence - parent.confidence).mean())
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Result(Generic[C]):
 def race(
     candidates: Iterable[C],
     measure: Callable[[C, int], Run],
-    parent: Callable[[int], BoolArray],
+    parent: Callable[[int], Run],
     rounds: Sequence[int],
     tolerance: float,
     stay: Collection[C] = (),
@@ -47,9 +63,10 @@ def race(
 ) -> Result[C]:
     """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) within each size, with early stops.
 
-    measure: a candidate on the first so many rows; parent: what the parent has right there. rounds: ascending numbers
+    measure: a candidate on the first so many rows; parent: the parent there. rounds: ascending numbers
     of rows. A candidate goes for good when it is clearly below the parent by more than the tolerance (a fraction), or
-    clearly below one that is no larger; after each round but the last, so does the worse half of each size.
+    clearly below one that is no larger; after each round but the last, so does the half of each size that is
+    further from the parent.
     stay: goes on to the end, whatever it does, so that others can be compared with it.
     """
     alive = list(candidates)
@@ -59,10 +76,10 @@ def race(
         for done, candidate in enumerate(alive, start=1):
             runs[candidate] = measure(candidate, rows)
             progress(done, len(alive), f"round {number + 1} of {len(rounds)}, {rows} rows: {candidate}")
-        out = _hopeless(runs, parent(rows), tolerance)
+        out = _hopeless(runs, parent(rows).right_N, tolerance)
         out |= _beaten({c: run for c, run in runs.items() if c not in out})
         if number + 1 < len(rounds):
-            out |= _lower_half({c: run for c, run in runs.items() if c not in out and c not in stay})
+            out |= _further_half({c: run for c, run in runs.items() if c not in out and c not in stay}, parent(rows))
         dropped |= {c: (rows, why) for c, why in out.items() if c not in stay}
         alive = [c for c in alive if c not in dropped]
     return Result(tuple(alive), dropped)
@@ -79,7 +96,7 @@ def doubling(first: int, last: int) -> tuple[int, ...]:
 def _hopeless(runs: Mapping[C, Run], parent_N: BoolArray, tolerance: float) -> dict[C, str]:
     out = {}
     for candidate, run in runs.items():
-        mean, error = _change(parent_N, run.right_N)
+        mean, error = change(parent_N, run.right_N)
         if mean + CLEARLY * error < -tolerance:
             out[candidate] = f"loses {-100 * mean:.1f} points, clearly more than the tolerance"
     return out
@@ -90,28 +107,22 @@ def _beaten(runs: Mapping[C, Run]) -> dict[C, str]:
     for candidate, run in runs.items():
         for other, rival in runs.items():
             if rival.bytes <= run.bytes and rival.right_N.sum() > run.right_N.sum():
-                mean, error = _change(run.right_N, rival.right_N)
+                mean, error = change(run.right_N, rival.right_N)
                 if mean - CLEARLY * error > 0:
                     out[candidate] = f"clearly worse than {other}, which is no larger"
                     break
     return out
 
 
-def _lower_half(runs: Mapping[C, Run]) -> dict[C, str]:
+def _further_half(runs: Mapping[C, Run], parent: Run) -> dict[C, str]:
     classes: dict[int, list[C]] = {}
     for candidate, run in runs.items():
         classes.setdefault(round(math.log(run.bytes) / SIZE_CLASS), []).append(candidate)
     out: dict[C, str] = {}
     for rivals in classes.values():
-        # Rows right first; where they tie, as they do on few rows, the likelihood tells more.
-        ranked = sorted(rivals, key=lambda c: (-int(runs[c].right_N.sum()), runs[c].loss, runs[c].bytes))
-        out |= dict.fromkeys(ranked[max(FEWEST, math.ceil(len(ranked) / 2)) :], "in the worse half of its size")
+        ranked = sorted(rivals, key=lambda c: (distance(parent, runs[c]), runs[c].bytes))
+        out |= dict.fromkeys(
+            ranked[max(FEWEST, math.ceil(len(ranked) / 2)) :],
+            "in that half of its size which is further from the parent",
+        )
     return out
-
-
-def _change(before_N: BoolArray, after_N: BoolArray) -> tuple[float, float]:
-    """Mean change and its standard error, as if one row more had changed: of few rows, none changing says little."""
-    change_N = after_N.astype(np.int64) - before_N.astype(np.int64)
-    mean = float(change_N.mean())
-    variance = (float(np.abs(change_N).sum()) + 1) / (len(change_N) + 1) - mean * mean
-    return mean, math.sqrt(max(variance, 0.0) / len(change_N))

@@ -105,10 +105,10 @@ class Workbench:
             known = self._more(candidate, known or NOTHING, rows)
             self.journal.note("measured", str(candidate), known)
         right_N = np.frombuffer(known["right"][:rows].encode(), dtype=np.uint8) == ord("1")
-        loss = float(np.frombuffer(bytes.fromhex(known["losses"]), dtype="<f4")[:rows].sum(dtype=np.float64))
+        loss_N = np.frombuffer(bytes.fromhex(known["losses"]), dtype="<f4")[:rows]
         # As of these rows, whatever was measured since: a plan that goes on must see what it saw.
         seen = min(int(end) for end in known["flops_per_token"] if int(end) >= rows)
-        return Run(right_N, loss, known["bytes"], known["flops_per_token"][str(seen)])
+        return Run(right_N, loss_N, known["bytes"], known["flops_per_token"][str(seen)])
 
     def _more(self, candidate: Candidate, known: Mapping[str, Any], rows: int) -> dict[str, Any]:
         model, first = self.child(candidate), len(known["right"])

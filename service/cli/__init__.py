@@ -10,6 +10,7 @@ from service.cli import demo, keys
 from service.cli.calibrate import calibrate_cascade
 from service.cli.checkpoints import classify, inspect
 from service.cli.evaluate import evaluate
+from service.cli.experiments import promote, report
 from service.cli.importing import import_vmoe
 from service.cli.measure import measure
 from service.cli.output import note
@@ -45,6 +46,8 @@ app.command("pretrain")(pretrain)
 app.command("finetune")(finetune)
 app.command("recover")(recover)
 app.command("import-vmoe")(import_vmoe)
+app.command("report")(report)
+app.command("promote")(promote)
 app.add_typer(demo.app, name="demo")
 app.add_typer(keys.app, name="keys")
 app.command("check-config")(check_config)

@@ -19,15 +19,15 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on standard output; the first column is left-aligned, the others are numbers or short words."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = ()) -> None:
+    """A table on standard output; the first column and those in `words` are left-aligned, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number and number not in words else "left")
     for row in rows:
         # Text, not str: labels and inputs are other people's and may look like markup.
         table.add_row(*(Text(cell) for cell in row))

@@ -1,4 +1,4 @@
-"""Find the smallest child that is not worse than its parent by more than a tolerance."""
+"""Find the smallest child that is not worse than its parent by more than a tolerance, nor than a plain cut by half."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ def plan(
         Path,
         typer.Option(
             file_okay=False,
-            help="Where child/, plan.json and plan.html go. A plan begun there goes on.",
+            help="Where child/, perhaps smallest/, plan.json and plan.html go. A plan begun there goes on.",
             metavar="DIR",
         ),
     ],
@@ -49,7 +49,9 @@ def plan(
     """Search methods, semantics, allocations and ratios for the smallest child that passes, and write it.
 
     Passing means: on dev rows that nothing was chosen by, the one-sided 95 % bound of child minus parent is above minus
-    the tolerance. If nothing passes, the page says why and the exit code is 3.
+    the tolerance. Of those that pass, child/ is the smallest that is as good on all dev rows as the most faithful child of half
+    the experts; if a worse one passes and is smaller, it goes to smallest/. If nothing passes, the page says why and
+    the exit code is 3.
 
     \b
     Example:

@@ -50,8 +50,11 @@ def check_config(config: ConfigFile = None, as_json: JsonFlag = False) -> None:
 
     from service.demo import CONFIG
     from service.settings import configured_path, load_settings
+    from service.storage.database import shown
 
-    document = load_settings(config or configured_path() or CONFIG, {}).model_dump(mode="json")
+    settings = load_settings(config or configured_path() or CONFIG, {})
+    document = settings.model_dump(mode="json")
+    document["storage"]["url"] = shown(settings.storage.url)
     if as_json:
         print_json(document)
     else:

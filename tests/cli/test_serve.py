@@ -70,6 +70,21 @@ def test_check_config_prints_what_is_in_effect(
     assert yaml.safe_load(run_cli("check-config", "--config", config).out) == document
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://secateur:sesame@db/ab", "postgresql+psycopg://u@db/ab?password=sesame"],
+)
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_check_config_keeps_the_databases_password_to_itself(
+    config: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, url: str, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("SECATEUR_STORAGE__URL", url)
+    monkeypatch.setenv("SECATEUR_HASH_KEY", "sesame" * 8)
+    printed = run_cli("check-config", "--config", config, *flags).out
+    assert "sesame" not in printed
+    assert "db/" in printed
+
+
 def test_the_environment_can_name_the_configuration(
     config: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,10 +9,10 @@ from scipy.stats import t
 from models.pruning.confirm import (
     ERROR,
     _score,
+    change,
     descend,
     difference,
     groups_bound,
-    guess,
     is_not_worse,
     numbered,
     rows_bound,
@@ -81,13 +81,12 @@ def test_the_lower_of_both_bounds_counts() -> None:
     assert not is_not_worse(parent, child, np.arange(400) // 20, 0.08)
 
 
-def test_what_is_guessed_is_worse_where_more_rows_changed() -> None:
-    parent, same, other = np.ones(100, dtype=bool), np.ones(100, dtype=bool), np.ones(100, dtype=bool)
-    parent[:10] = same[:10] = False
-    other[5:15] = False
-    other[:5] = True
-    assert guess(parent, other, 200) < guess(parent, same, 200) < 0
-    assert guess(parent, same, 200) < guess(parent, same, 800)
+def test_a_change_and_its_error_by_hand() -> None:
+    # Of 99 rows, 2 are gained and 1 lost: (3 + 1) / 100 - (1 / 99)^2 is the variance, as if a fourth had changed.
+    parent = np.arange(99) > 1
+    child = np.arange(99) < 98
+    assert change(parent, child) == pytest.approx((1 / 99, ((0.04 - 1 / 99**2) / 99) ** 0.5))
+    assert change(parent, parent) == pytest.approx((0.0, 0.01 / 0.99**0.5))
 
 
 # The truth is exactly on the boundary: every pass is false. (lost, gained), rows, tolerance, rows per group.

@@ -6,9 +6,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from models.pruning.race import Run, doubling, race
+from models.pruning.race import Run, distance, doubling, race
 
 Bits = npt.NDArray[np.bool_]
+
+
+def sure(right_N: Bits, size: int = 1000) -> Run:
+    """The true label has a probability of nine tenths where it wins, and of one tenth where it loses."""
+    return Run(right_N, -np.log(np.where(right_N, 0.9, 0.1)).astype(np.float32), size)
+
+
+def all_right(rows: int) -> Run:
+    return sure(np.ones(rows, dtype=bool))
 
 
 class Scripted:
@@ -22,11 +31,10 @@ class Scripted:
 
     def measure(self, name: str, rows: int) -> Run:
         self.asked[name] = max(self.asked[name], rows)
-        right_N = self.right[name][:rows]
-        return Run(right_N, float((~right_N).sum()), self.size(name))
+        return sure(self.right[name][:rows], self.size(name))
 
-    def parent(self, rows: int) -> Bits:
-        return self.parent_N[:rows]
+    def parent(self, rows: int) -> Run:
+        return sure(self.parent_N[:rows])
 
 
 def test_rounds_double_to_the_last() -> None:
@@ -48,13 +56,13 @@ def by_counts(right: dict[str, int], size: Callable[[str], int]) -> set[str]:
     """Who is left of candidates that have so many of the first hundred rows right, after one halving."""
 
     def measure(name: str, rows: int) -> Run:
-        return Run(np.arange(rows) < right[name], 0.0, size(name))
+        return sure(np.arange(rows) < right[name], size(name))
 
-    result = race(right, measure, lambda rows: np.ones(rows, dtype=bool), (100, 101), tolerance=0.5)
+    result = race(right, measure, all_right, (100, 101), tolerance=0.5)
     return set(result.survivors)
 
 
-def test_the_better_half_goes_on() -> None:
+def test_the_half_that_is_nearer_goes_on() -> None:
     assert by_counts({"a": 90, "b": 92, "c": 91, "d": 93, "e": 89, "f": 94}, lambda name: 1000) == set("dfb")
 
 
@@ -100,14 +108,33 @@ def test_those_that_are_watched_stay_whatever_they_do() -> None:
     assert bench.asked["watched"] == 800
 
 
-def test_where_right_rows_tie_the_likelier_go_on() -> None:
-    parent_N = np.ones(100, dtype=bool)
+def test_distance_by_hand() -> None:
+    right_N = np.ones(2, dtype=bool)
+    parent, child = (Run(right_N, -np.log(np.array(p, dtype=np.float32)), 1) for p in ((0.8, 0.5), (0.6, 0.9)))
+    assert distance(parent, child) == distance(child, parent) == pytest.approx(0.3)
+    assert distance(parent, parent) == 0
+
+
+def test_where_right_rows_tie_the_nearer_go_on() -> None:
+    def measure(name: str, rows: int) -> Run:
+        return Run(np.ones(rows, dtype=bool), np.full(rows, ord(name[0]) / 100, dtype=np.float32), 1000)
+
+    result = race("hgfedcba", measure, all_right, (50, 100), tolerance=0.01)
+    assert set(result.survivors) == set("abcd")
+
+
+def test_a_lucky_gain_is_no_merit() -> None:
+    """Of many children, the one that has most rows right that the parent has not, was lucky."""
+    parent_N = np.arange(100) < 90
 
     def measure(name: str, rows: int) -> Run:
-        return Run(parent_N[:rows], float(ord(name[0])), 1000)
+        right_N = parent_N[:rows].copy()
+        right_N[90 : 90 + ["like", "lucky", "luckier", "luckiest"].index(name)] = True
+        return sure(right_N)
 
-    result = race("hgfedcba", measure, lambda rows: parent_N[:rows], (50, 100), tolerance=0.01)
-    assert set(result.survivors) == set("abcd")
+    names = ("luckiest", "luckier", "lucky", "like")
+    result = race(names, measure, lambda rows: sure(parent_N[:rows]), (95, 100), tolerance=0.5)
+    assert set(result.survivors) == {"like", "lucky"}
 
 
 def test_progress_counts_those_that_are_left() -> None:

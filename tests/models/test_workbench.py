@@ -70,7 +70,8 @@ def test_what_was_seen_on_fewer_rows_stays(bench: Workbench) -> None:
     again = bench.run(CUT, 10)
     assert (again.right_N == early.right_N).all()
     assert (late.right_N[:10] == early.right_N).all()
-    assert again.loss == pytest.approx(early.loss, rel=1e-6)
+    assert (again.loss_N == early.loss_N).all()
+    assert (late.loss_N[:10] == early.loss_N).all()
     # Which slots meet a cut expert depends on the rows, and with it what they cost.
     assert again.flops_per_token == early.flops_per_token != late.flops_per_token
     assert early.bytes == late.bytes < bench.run(PARENT, 10).bytes
@@ -81,7 +82,8 @@ def test_a_new_process_finds_what_the_old_one_measured(bench: Workbench, tmp_pat
     reopened = Workbench(bench.parent, bench.known, bench.rows, bench.dev, Journal(tmp_path, {}))
     after = reopened.run(CUT, 40)  # without a plan: nothing has to be built
     assert (after.right_N == before.right_N).all()
-    assert (after.loss, after.bytes, after.flops_per_token) == (before.loss, before.bytes, before.flops_per_token)
+    assert (after.loss_N == before.loss_N).all()
+    assert (after.bytes, after.flops_per_token) == (before.bytes, before.flops_per_token)
 
 
 def test_latency_is_measured_once(bench: Workbench) -> None:

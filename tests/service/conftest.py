@@ -2,8 +2,11 @@
 
 import os
 import socket
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +96,17 @@ class Harness:
             if sample.name == f"secateur_{name}" and labels.items() <= sample.labels.items()
         )
 
+    def records(self, table: str, count: int) -> list[dict[str, Any]]:
+        """The rows of a table of the experiments' database by time, as soon as there are `count`."""
+        deadline = time.monotonic() + SECONDS
+        query = f"SELECT * FROM {table} ORDER BY at, id, item"
+        with closing(sqlite3.connect(self.settings.storage.url.removeprefix("sqlite:///"))) as database:
+            database.row_factory = sqlite3.Row
+            while len(rows := database.execute(query).fetchall()) < count:
+                assert time.monotonic() < deadline, f"{len(rows)} of {count} rows"
+                time.sleep(0.01)
+        return [dict(row) for row in rows]
+
     def close(self) -> None:
         """Stop, and check the identity: what was admitted has ended, and no slot is held."""
         self.client.close()
@@ -103,7 +117,8 @@ class Harness:
         assert engine.slots.items == 0
         assert engine.slots.chars == 0
         samples = [s for m in self.runtime.metrics.registry.collect() for s in m.samples]
-        assert engine.admitted == sum(s.value for s in samples if s.name == "secateur_items_total")
+        items = [s for s in samples if s.name == "secateur_items_total"]
+        assert engine.admitted == sum(s.value for s in items if s.labels["lane"] != "shadow")
 
 
 class Start(Protocol):

@@ -23,7 +23,7 @@ def test_poison_fails_alone() -> None:
     model = ToyModel()
     ran = run(model, [(0,), (POISON,), (2,)])
     assert codes(ran) == ["ok", "inference_failed", "ok"]
-    assert ran.outcome == "retried"
+    assert (ran.outcome, ran.lacked_memory) == ("retried", False)
     # The batch, then each item once: never again.
     assert [len(batch) for batch in model.batches] == [3, 1, 1, 1]
     # Slots of passes that succeeded only.
@@ -47,7 +47,7 @@ def test_out_of_memory_halves() -> None:
     model = ToyModel()
     ran = run(model, [(0,), (1,), (HUGE,), (2,)])
     assert codes(ran) == ["ok"] * 4
-    assert ran.outcome == "split"
+    assert (ran.outcome, ran.lacked_memory) == ("split", True)
     assert [len(batch) for batch in model.batches] == [4, 2, 2, 1, 1]
 
 
@@ -57,7 +57,7 @@ def test_out_of_memory_alone() -> None:
             raise MemoryError
 
     ran = run(Tiny(), [(0,), (1,)])
-    assert (codes(ran), ran.outcome) == (["out_of_memory"] * 2, "failed")
+    assert (codes(ran), ran.outcome, ran.lacked_memory) == (["out_of_memory"] * 2, "failed", True)
 
 
 def test_a_broken_device_is_not_retried() -> None:

@@ -4,16 +4,16 @@ import copy
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.plan_page import FRONT_COLUMNS, _Scale, front_rows, render, verdict, watched_lines
+from service.html import Scale
+from service.plan_page import FRONT_COLUMNS, front_rows, render, verdict, watched_lines
+from tests.service.outline import Outline, colours, contrast
 
-VOID = {"meta", "line", "circle", "br"}
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser")
 
 
@@ -59,12 +59,16 @@ def plan() -> dict[str, Any]:
         "front": [
             point("hc-smoe zero keep 0.25", 3_000_000, 0.93, -0.02),
             point("frequency zero keep 0.5", 4_900_000, 0.948, -0.00549, (8, 7)),
+            point("mone constant keep 0.5", 5_000_000, 0.948, -0.00549, (8, 8)),
         ],
         "ladder": [
             {"name": "frequency zero keep 0.5", "result": "passed"},
             {"name": "hc-smoe zero keep 0.25", "result": "failed"},
         ],
         "chosen": "frequency zero keep 0.5",
+        "reference": "mone constant keep 0.5",
+        "behind_reference": False,
+        "smallest": "frequency zero keep 0.5",
         "child": {"path": "child", "artifact_sha256": "0" * 64, "experts_kept": [8, 7]},
         "router_norm_change": [
             {
@@ -84,40 +88,6 @@ def plan() -> dict[str, Any]:
         ],
         "left_out": {"eep": "ask for it with --thorough"},
     }
-
-
-class Outline(HTMLParser):
-    """Tags must close in order; what a reader without eyes gets."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.labels: list[str] = []
-        self.text: list[str] = []
-        self.links: list[str] = []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        given = dict(attrs)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
-        if tag == "svg":
-            assert given["role"] == "img"
-            self.labels.append(given["aria-label"] or "")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def test_the_page_has_a_title_tables_and_plots_in_words(plan: dict[str, Any]) -> None:
@@ -156,20 +126,13 @@ def test_both_colour_schemes_define_every_colour(plan: dict[str, Any]) -> None:
     assert set(re.findall(r"var\(--([\w-]+)\)", render(plan))) <= set(re.findall(r"--([\w-]+):", light))
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
 @pytest.mark.parametrize("scheme", [0, 1])
 @pytest.mark.parametrize(
     ("front", "back"), [("ink", "page"), ("soft", "page"), ("ink", "hue-soft"), ("ink", "warn-soft")]
 )
 def test_text_has_the_contrast_that_wcag_asks_for(scheme: int, front: str, back: str, plan: dict[str, Any]) -> None:
-    colours = dict(re.findall(r"--([\w-]+):(#\w{6})", re.findall(r":root\{(.*?)\}", render(plan), re.DOTALL)[scheme]))
-    low, high = sorted((luminance(colours[front]), luminance(colours[back])))
-    assert (high + 0.05) / (low + 0.05) >= 4.5
+    found = colours(render(plan))[scheme]
+    assert contrast(found[front], found[back]) >= 4.5
 
 
 def test_the_verdict_rounds_the_bound_against_us(plan: dict[str, Any]) -> None:
@@ -178,6 +141,37 @@ def test_the_verdict_rounds_the_bound_against_us(plan: dict[str, Any]) -> None:
     assert "-0.2 points" in said
     assert "no more than 0.6 points lower; 1 were allowed" in said
     assert "One row takes 2.0 ms instead of 2.0 ms" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {},
+            "On all 600 dev rows it is not behind the most faithful child of half the experts, mone constant keep 0.5, 5.0 MB.",
+        ),
+        ({"behind_reference": True}, "On all 600 dev rows it is behind the most faithful child of half the experts"),
+        (
+            {"reference": "frequency zero keep 0.5"},
+            "It is the most faithful child of half the experts, and on all 600 dev rows no smaller one that passed was as good.",
+        ),
+        (
+            {"smallest": "hc-smoe zero keep 0.25"},
+            "Smaller, and within the tolerance too, but behind that child: hc-smoe zero keep 0.25, 3.0 MB.",
+        ),
+    ],
+)
+def test_the_verdict_tells_of_half_the_experts_and_of_what_is_smaller(
+    change: dict[str, Any], words: str, plan: dict[str, Any]
+) -> None:
+    said = verdict(plan | change)
+    assert words in said
+    assert words in " ".join(Outline(render(plan | change)).text)
+    assert ("Smaller, " in said) == ("<code>child</code> and <code>smallest</code>" in render(plan | change))
+
+
+def test_without_a_child_of_half_the_experts_nothing_is_said_of_it(plan: dict[str, Any]) -> None:
+    assert "half" not in verdict(plan | {"reference": None, "behind_reference": None})
 
 
 @pytest.mark.parametrize(
@@ -193,7 +187,11 @@ def test_the_verdict_rounds_the_bound_against_us(plan: dict[str, Any]) -> None:
     ],
 )
 def test_nothing_passing_says_why_and_what_to_do(change: dict[str, Any], words: str, plan: dict[str, Any]) -> None:
-    failed = copy.deepcopy(plan) | {"chosen": None, "child": None} | {k: v for k, v in change.items() if k != "rows"}
+    failed = (
+        copy.deepcopy(plan)
+        | {"chosen": None, "child": None, "smallest": None}
+        | {k: v for k, v in change.items() if k != "rows"}
+    )
     failed["rows"] |= change.get("rows", {})
     said = verdict(failed)
     assert said.startswith("Nothing passes: ")
@@ -204,9 +202,12 @@ def test_nothing_passing_says_why_and_what_to_do(change: dict[str, Any], words: 
 
 def test_the_table_has_the_parent_first_and_marks_the_chosen(plan: dict[str, Any]) -> None:
     rows = list(front_rows(plan))
-    assert [row[0] for row in rows] == ["parent", "hc-smoe zero keep 0.25", "frequency zero keep 0.5"]
+    names = ["parent", "hc-smoe zero keep 0.25", "frequency zero keep 0.5", "mone constant keep 0.5"]
+    assert [row[0] for row in rows] == names
     assert all(len(row) == len(FRONT_COLUMNS) for row in rows)
-    assert [row[-1] for row in rows] == ["", "", "chosen"]
+    assert [row[-1] for row in rows] == ["", "", "chosen", "reference"]
+    smaller = list(front_rows(plan | {"smallest": "hc-smoe zero keep 0.25"}))
+    assert [row[-1] for row in smaller] == ["", "smallest", "chosen", "reference"]
     assert rows[2][3] == "94.8 [92.8, 96.8]"
     assert render(plan).count('<tr class="mark">') == 1
 
@@ -232,10 +233,10 @@ def test_a_ranking_that_was_refused_says_why(plan: dict[str, Any]) -> None:
 
 
 def test_a_scale_spans_its_frame_and_names_round_numbers() -> None:
-    scale = _Scale([0.91, 0.95], 200, 10)
+    scale = Scale([0.91, 0.95], 200, 10)
     assert 10 < scale(0.95) < scale(0.91) < 200
     assert scale.ticks() == pytest.approx([0.91, 0.92, 0.93, 0.94, 0.95])
-    assert np.isfinite([_Scale([5.0, 5.0], 0, 1)(5.0), _Scale([0.0], 0, 1, from_zero=True)(0.0)]).all()
+    assert np.isfinite([Scale([5.0, 5.0], 0, 1)(5.0), Scale([0.0], 0, 1, from_zero=True)(0.0)]).all()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

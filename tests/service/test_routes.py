@@ -11,7 +11,16 @@ from service.answers import ClassifyResponse, ClassifyV1Response, Score
 from tests.service.conftest import Harness, Start
 
 PROBES = ("/livez", "/readyz", "/health")
-READS = (*PROBES, "/info", "/v1/models", "/deployments", "/deployments/mood-full", "/metrics", "/openapi.json")
+READS = (
+    *PROBES,
+    "/info",
+    "/v1/models",
+    "/deployments",
+    "/deployments/mood-full",
+    "/experiments",
+    "/metrics",
+    "/openapi.json",
+)
 
 
 def softmax(*logits: float) -> list[float]:
@@ -308,6 +317,9 @@ def test_openapi_lists_the_routes(harness: Harness) -> None:
         "/v1/models": ["get"],
         "/deployments": ["get"],
         "/deployments/{name}": ["get"],
+        "/feedback": ["post"],
+        "/experiments": ["get"],
+        "/experiments/{name}": ["get"],
         "/metrics": ["get"],
     }
     for path, parameter in (("/v1/classify", "task"), ("/predict", "task"), ("/deployments/{name}", "name")):

@@ -1,13 +1,21 @@
 """Who answers: explicit names, sticky arms, defaults and fallbacks, over HTTP and alone."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from models.errors import CheckpointError
 from service.assignment import arm, is_enrolled
+from service.deployments import Registry
+from service.schemas import Query
+from service.sections import ExperimentSettings
+from service.selection import Selection, select
+from service.settings import Settings
 from tests.service.conftest import Harness, Start
-from tests.service.toys import ToyLoader, toy_loader
+from tests.service.toys import ToyLoader, toy_loader, toy_settings
 
 
 def weighted(deployment: str, weight: float) -> dict[str, Any]:
@@ -113,3 +121,65 @@ def test_no_fallback_left(start: Start) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (503, "deployment_unavailable")
     assert harness.metric("requests_total", variant="mood-full", code="503") == 1
     assert harness.metric("rejected_total", reason="not_ready") == 1
+
+
+@pytest.mark.parametrize(("mode", "first"), [("shadow", "mood-full"), ("cascade", "mood-pruned")])
+def test_modes_without_weights_begin_with_one_arm(start: Start, mode: str, first: str) -> None:
+    arms = [{"deployment": "mood-pruned"}, {"deployment": "mood-full"}]
+    fields = {"threshold": 0.0} if mode == "cascade" else {}
+    harness = start(experiments=experiments(mode=mode, arms=arms, traffic=20, **fields))
+    body = harness.classify("1", subject="user-2").json()
+    assert (body["variant"], body["experiment"]["arm"]) == (first, first)
+    assert harness.classify("1", subject="user-1").json()["experiment"] is None
+
+
+def test_roles_may_be_turned_round(start: Start) -> None:
+    arms = [{"deployment": "mood-pruned", "role": "control"}, {"deployment": "mood-full", "role": "candidate"}]
+    harness = start(experiments=experiments(mode="shadow", arms=arms))
+    assert harness.classify("1").json()["variant"] == "mood-pruned"
+
+
+@dataclass(frozen=True)
+class Now:
+    """Experiments and winners at one moment."""
+
+    experiments: Mapping[str, ExperimentSettings]
+    winners: Mapping[str, str]
+
+
+def chosen(settings: Settings, now: Now, subject: str, variant: str = "auto") -> Selection:
+    return select(Query(["1"], variant=variant, subject=subject), Registry(settings), settings, now, "cls_1")
+
+
+def test_a_ramp_only_ever_adds_subjects_and_moves_none(tmp_path: Path) -> None:
+    settings = toy_settings(tmp_path, experiments=experiments())
+    subjects = [f"user-{number}" for number in range(300)]
+    before: dict[str, str] = {}
+    for traffic in range(101):
+        overlaid = {"demo": settings.experiments["demo"].model_copy(update={"traffic": traffic})}
+        met = {subject: chosen(settings, Now(overlaid, {}), subject).exposure for subject in subjects}
+        arms = {subject: exposure.arm for subject, exposure in met.items() if exposure is not None}
+        assert before.items() <= arms.items()
+        before = arms
+    assert len(before) == 300
+
+
+def test_a_winner_answers_instead_of_the_default(tmp_path: Path) -> None:
+    settings = toy_settings(tmp_path, experiments=experiments(traffic=20))
+    stopped = {"demo": settings.experiments["demo"].model_copy(update={"state": "stopped"})}
+    won = Now(stopped, {"mood": "mood-pruned", "topics": "topics-full"})
+    assert chosen(settings, won, "user-2").intended.name == "mood-pruned"
+    assert chosen(settings, won, "user-2").exposure is None
+    assert chosen(settings, won, "user-2", "full").intended.name == "mood-full"
+    # While an experiment runs, those outside of it meet the winner too, and those inside their arms.
+    running = Now(settings.experiments, {"mood": "mood-pruned"})
+    assert chosen(settings, running, "user-1").intended.name == "mood-pruned"
+    arms = {chosen(settings, Now(settings.experiments, {}), f"user-{n}").intended.name for n in range(100)}
+    assert arms == {"mood-full", "mood-pruned"}
+
+
+def test_a_winner_that_failed_has_the_fallback_behind_it(start: Start) -> None:
+    harness = start(loader_without_pruned(), experiments=experiments(state="stopped"))
+    harness.runtime.control.winners = {"mood": "mood-pruned"}
+    assert harness.classify("1").json()["variant"] == "mood-full"
+    assert harness.metric("fallbacks_total", intended="mood-pruned", served="mood-full") == 1

@@ -47,7 +47,11 @@ class ToyEncoder(TextEncoder):
 
 
 class ToyModel(MoEClassifier):
-    """Counts digits. `gate` holds every pass until it is set; `entered` is released when a pass begins."""
+    """Counts digits. `gate` holds every pass until it is set; `entered` is released when a pass begins.
+
+    fault: an exception that every pass raises, or a value that every logit takes. shift: the classes every count moves.
+    allergy: a token that makes a pass raise.
+    """
 
     def __init__(self, num_labels: int = 3, kept: int = 4) -> None:
         nn.Module.__init__(self)
@@ -60,13 +64,18 @@ class ToyModel(MoEClassifier):
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.batches: list[list[tuple[int, ...]]] = []
+        self.fault: Exception | float | None = None
+        self.shift = 0
+        self.allergy = POISON
 
     def classify(self, sequences: Sequence[Sequence[int]]) -> Output:
         self.batches.append([tuple(ids) for ids in sequences])
         self.entered.release()
         assert self.gate.wait(30), "the test never opened the gate"
         flat = [token for ids in sequences for token in ids]
-        if POISON in flat:
+        if isinstance(self.fault, Exception):
+            raise self.fault
+        if self.allergy in flat:
             raise RuntimeError("poison")
         if HUGE in flat and len(sequences) > 1:
             raise torch.OutOfMemoryError("huge")
@@ -74,6 +83,9 @@ class ToyModel(MoEClassifier):
             raise torch.AcceleratorError("broken")
         classes = self.config.num_labels
         logits_BC = torch.tensor([[float(list(ids).count(c)) for c in range(classes)] for ids in sequences])
+        logits_BC = logits_BC.roll(self.shift, 1)
+        if self.fault is not None:
+            logits_BC[:] = self.fault
         for row, ids in enumerate(sequences):
             if NAN in ids:
                 logits_BC[row, 0] = torch.nan
