@@ -13,13 +13,13 @@ pip --python /opt/venv/bin/python --disable-pip-version-check install --no-cache
   --find-links /wheels "$@" --constraint constraints.txt --requirement /tmp/requirements.txt
 rm /tmp/requirements.txt
 
-# Headers, test programs, tests and symbol tables: 380 MB of a CPU image. torch_shm_manager stays, torch looks for it at
-# import. Libraries in folders called *.libs were moved about by their packagers and do not survive `strip`.
+# Headers, test programs, tests and, for a CPU, symbol tables: 380 MB. torch_shm_manager stays, torch looks for it at
+# import. Libraries in folders called *.libs were rewritten by their packagers, and `strip` may break them.
 cd /opt/venv/lib/python3*/site-packages
 rm -rf torch/include torch/test torch/share torch/lib/lib*test*.so torch/lib/libbackend_with_compiler.so
 find torch/bin -type f ! -name torch_shm_manager -delete
 find . -type d -name tests -prune -exec rm -rf {} +
-find . -name '*.so*' -type f ! -path '*.libs/*' -exec strip --strip-unneeded {} +
+if [ "$DEVICE" = cpu ]; then find . -name '*.so*' -type f ! -path '*.libs/*' -exec strip --strip-unneeded {} +; fi
 
 # Bytecode of what a start imports, and of nothing else: the root file system is read-only later.
 python -c "import alembic.command, fastapi, numpy, PIL.Image, prometheus_client, psycopg, pydantic, rich.console, \

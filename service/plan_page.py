@@ -14,6 +14,7 @@ Point = Mapping[str, Any]
 # Width and height of a plot, and of the frame inside it: left, top, right, bottom.
 WIDTH, HEIGHT = 420, 250
 FRAME = (52, 18, 408, 206)
+MOST_FAITHFUL = "the most faithful child of half the experts"
 
 
 def render(plan: Plan) -> str:
@@ -59,9 +60,9 @@ def _beside_half(plan: Plan) -> str:
     half = _named(plan, plan["reference"])
     rows = f"On all {plan['rows']['dev']:,} dev rows"
     if half["name"] == plan["chosen"]:
-        return f" It is the most faithful child of half the experts, and {rows.lower()} no smaller one that passed was as good."
+        return f" It is {MOST_FAITHFUL}, and {rows.lower()} no smaller one that passed was as good."
     state = "behind" if plan["behind_reference"] else "not behind"
-    return f" {rows} it is {state} the most faithful child of half the experts, {half['name']}, {size(half['bytes'])}."
+    return f" {rows} it is {state} {MOST_FAITHFUL}, {half['name']}, {size(half['bytes'])}."
 
 
 def _still_smaller(plan: Plan) -> str:

@@ -17,17 +17,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from service import reports
-from service.answers import (
-    ClassifyResponse,
-    ClassifyV1Response,
-    ErrorResponse,
-    Score,
-    classify_document,
-    predict_document,
-    v1_document,
-)
+from service.answers import classify_document, predict_document, v1_document
 from service.body import is_form, read_form, read_json
 from service.classification import classify
+from service.documents import ClassifyResponse, ClassifyV1Response, ErrorResponse, Score
 from service.errors import ApiError
 from service.experiments.document import ExperimentPatch, Report, ReportList
 from service.experiments.feedback import FeedbackRequest, FeedbackResponse

@@ -183,8 +183,14 @@ class Confidence(Section):
     """
 
     kind: Literal["probability", "dispersion"] = "probability"
-    weights: dict[str, float] = Field(default_factory=dict)
+    weights: dict[Literal["variance", "negentropy"], float] = Field(default_factory=dict)
     bias: float = 0.0
+
+    @model_validator(mode="after")
+    def _weights_belong_to_dispersion(self) -> Self:
+        if (self.kind == "dispersion") is (not self.weights):
+            raise rule("kind dispersion needs weights, and only it has them: `secateur calibrate-cascade` prints both")
+        return self
 
 
 class Guardrail(Section):

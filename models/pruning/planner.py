@@ -80,8 +80,8 @@ class Request:
 def plan(request: Request, progress: Progress = silent) -> dict[str, Any]:
     """Search, write the chosen child to out/child, and return what out/plan.json says.
 
-    Chosen is the smallest that passes and, on all dev rows, is not behind the most faithful child of half the experts; if none
-    is as good, the smallest that passes. One that is behind, but passes and is smaller, goes to out/smallest.
+    Chosen is the smallest that passes and, on all dev rows, is not behind the most faithful child of half the experts;
+    if none is as good, the smallest that passes. One that is behind, but passes and is smaller, goes to out/smallest.
 
     An interrupted search goes on where it was: every measurement is in plan.json, and everything else follows from
     them. `chosen` is None if nothing passes, and then no child is written. Raises PlanError, DataError or
@@ -321,7 +321,10 @@ def _distance(bench: Workbench, candidate: Candidate, rows: int) -> float:
 
 
 def _reference(bench: Workbench, survivors: Iterable[Candidate], choosing: int) -> Candidate | None:
-    """Of children of half the experts, the nearest to the parent: what one would take without a plan, at best."""
+    """Of children of half the experts, the most faithful: what a single method gives to one who can pick it.
+
+    On the rows that choose, as the best of many on the rows that judge is mostly the luckiest.
+    """
     halves = [candidate for candidate in survivors if candidate.keep == HALF]
     return min(halves, key=lambda c: _distance(bench, c, choosing), default=None)
 

@@ -49,9 +49,9 @@ def plan(
     """Search methods, semantics, allocations and ratios for the smallest child that passes, and write it.
 
     Passing means: on dev rows that nothing was chosen by, the one-sided 95 % bound of child minus parent is above minus
-    the tolerance. Of those that pass, child/ is the smallest that is as good on all dev rows as the most faithful child of half
-    the experts; if a worse one passes and is smaller, it goes to smallest/. If nothing passes, the page says why and
-    the exit code is 3.
+    the tolerance. Of those that pass, child/ is the smallest that is as good on all dev rows as the most faithful child
+    of half the experts; if a worse one passes and is smaller, it goes to smallest/. If nothing passes, the page says
+    why and the exit code is 3.
 
     \b
     Example:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from service.answers import Document
+from service.documents import Document
 
 Word = Literal["invalid", "insufficient_data", "inferior", "superior", "non_inferior", "undecided"]
 LatencyWord = Literal["faster", "slower", "undecided", "contended", "insufficient_data"]

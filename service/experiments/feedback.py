@@ -7,8 +7,8 @@ from typing import Annotated, Any, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.answers import Document
 from service.deployments import Task
+from service.documents import Document
 from service.errors import ApiError
 from service.prediction import MULTI_LABEL
 from service.schemas import LIST_TAG, TEXT_TAG, Body, Text, validated

@@ -39,7 +39,7 @@ def fit_dispersion(feature_NF: Floats, agrees_N: Bools) -> Confidence:
     bounds = [(0.0, None)] * count + [(None, None)]
     *weights, bias = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", bounds=bounds).x.tolist()
     named = {name: round(weight, 6) for name, weight in zip(DISPERSION, weights, strict=True)}
-    return Confidence(kind="dispersion", weights=named, bias=round(bias, 6))
+    return Confidence.model_validate({"kind": "dispersion", "weights": named, "bias": round(bias, 6)})
 
 
 def fitting_rows(group_N: Ints, seed: int = 0) -> Bools:

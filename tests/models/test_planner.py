@@ -17,6 +17,7 @@ from models.errors import CheckpointError, DataError, PlanError
 from models.evaluate import agreement, evaluate
 from models.pruning import METHODS, candidates, planner, workbench
 from models.pruning.candidates import Candidate, ratios
+from models.pruning.confirm import numbered
 from models.pruning.journal import Journal
 from models.pruning.plan import keep_best
 from models.pruning.planner import Request, plan
@@ -172,6 +173,35 @@ def test_dev_rows_choose_or_confirm_and_no_group_does_both(task: Task) -> None:
     assert choosing == pytest.approx(DEV / 5, abs=3)
     other, _ = planner._in_order(parent, rows, seed=1)
     assert other.group_N != dev.group_N
+
+
+def test_what_is_tested_and_in_which_order_does_not_depend_on_rows_that_confirm(
+    task: Task, done: tuple[Request, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Other labels on those rows: whatever was chosen by them would come out otherwise."""
+    parent = load_checkpoint(task.parent)
+    rows = task.dev()
+    dev, choosing = planner._in_order(parent, rows, seed=0)
+    confirming = {
+        row.group
+        for row, number in zip(rows, numbered([row.group for row in rows]), strict=True)
+        if number in dev.group_N[choosing:]
+    }
+    others = dict(zip(parent.labels, (*parent.labels[1:], parent.labels[0]), strict=True))
+    changed = [
+        row | ({"label": others[row["label"]]} if row["split"] == "dev" and row["group"] in confirming else {})
+        for row in task.rows
+    ]
+    file = task.write(tmp_path / "rows.jsonl", changed)
+    document = plan(replace(done[0], data=file, out=tmp_path / "out"))
+
+    def before_confirming(found: dict[str, Any]) -> tuple[Any, ...]:
+        dropped = [(x["name"], x["reason"]) for x in found["tried"] if x["state"] != "front"]
+        return [step["name"] for step in found["ladder"]], found["reference"], dropped
+
+    assert document["parent"]["accuracy"] < 0.5
+    assert len(document["ladder"]) > 1
+    assert before_confirming(document) == before_confirming(done[1])
 
 
 def test_test_rows_are_never_looked_at(

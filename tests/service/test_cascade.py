@@ -87,8 +87,8 @@ def test_accepted_items_fall_with_the_threshold(start: Start) -> None:
 def test_multi_label_doubt_is_that_of_the_least_decided_class(start: Start) -> None:
     loader = toy_loader()
     loader.makers[CONTROL] = loader.makers[CANDIDATE] = loader.makers["topics-full"]
-    harness = start(loader, experiments=experiments(0.4))
-    # A class that never stands in the text has the sigmoid of 0, which is one half.
+    # A class that never stands in the text has the sigmoid of 0, which is one half and enough.
+    harness = start(loader, experiments=experiments(0.5))
     assert variants(harness.classify("0")) == [CANDIDATE]
     assert variants(start(loader, experiments=experiments(0.6), storage=own_database(0.6)).classify("0")) == [CONTROL]
 
@@ -168,7 +168,7 @@ def test_a_late_control_leaves_time_for_the_answer(start: Start) -> None:
         control.gate.set()
     assert (answer.status_code, variants(answer)) == (200, [CANDIDATE, CANDIDATE])
     total = float(answer.headers["x-total-time"])
-    assert 250 < total < 2000
+    assert 250 < total < 1000
     while harness.metric("inflight_items") > 0:
         pass
     assert harness.metric("items_total", variant=CONTROL, lane="cascade", outcome="timeout") == 1

@@ -148,12 +148,12 @@ def test_the_verdict_rounds_the_bound_against_us(plan: dict[str, Any]) -> None:
     [
         (
             {},
-            "On all 600 dev rows it is not behind the most faithful child of half the experts, mone constant keep 0.5, 5.0 MB.",
+            "it is not behind the most faithful child of half the experts, mone constant keep 0.5, 5.0 MB.",
         ),
         ({"behind_reference": True}, "On all 600 dev rows it is behind the most faithful child of half the experts"),
         (
             {"reference": "frequency zero keep 0.5"},
-            "It is the most faithful child of half the experts, and on all 600 dev rows no smaller one that passed was as good.",
+            "child of half the experts, and on all 600 dev rows no smaller one that passed was as good.",
         ),
         (
             {"smallest": "hc-smoe zero keep 0.25"},

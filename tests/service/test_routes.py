@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.answers import ClassifyResponse, ClassifyV1Response, Score
+from service.documents import ClassifyResponse, ClassifyV1Response, Score
 from tests.service.conftest import Harness, Start
 
 PROBES = ("/livez", "/readyz", "/health")

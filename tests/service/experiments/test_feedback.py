@@ -56,8 +56,10 @@ def test_the_documented_example(harness: Harness) -> None:
     items = [{"id": id, "index": 0, "label": "negative"}]
     assert send_labels(harness, items).json() == {"accepted": 1, "matched": 1, "unchanged": 0}
     assert send_labels(harness, items).json() == {"accepted": 1, "matched": 0, "unchanged": 1}
+    conflicts = harness.metric("feedback_total", task="mood", outcome="conflict")
     refused = send_labels(harness, [{"id": "cls_other", "label": "neutral"}, {"id": id, "label": "neutral"}])
     assert refused.status_code == 409
+    assert harness.metric("feedback_total", task="mood", outcome="conflict") == conflicts + 1
     assert refused.json()["error"]["code"] == "feedback_conflict"
     assert refused.json()["error"]["param"] == "items[1]"
     assert harness.client.post("/feedback", json={"id": id, "label": "neutral"}).json()["error"]["param"] is None

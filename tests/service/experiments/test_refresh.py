@@ -261,7 +261,11 @@ def test_a_failed_build_is_not_kept(bench: Callable[..., Bench], monkeypatch: py
     found.run(ask)
 
 
-def test_who_gives_up_takes_nothing_from_the_others(bench: Callable[..., Bench]) -> None:
+def test_who_gives_up_takes_nothing_from_the_others(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refresh, "FRESH_SECONDS", 60.0)
+
     async def ask(reports: Reports) -> None:
         impatient, patient = (asyncio.create_task(reports.report("exp")) for _ in range(2))
         await asyncio.sleep(0)
