@@ -104,7 +104,7 @@ check numbers "$(service)" "$(compose port prometheus 9090)" "$notes/traffic.jso
 if [[ -n ${PICTURE:-} ]]; then
   say "picture"
   check busy "$(service)" 300
-  "$venv/bin/python" -m benchmarks.dashboard --prometheus "http://$(compose port prometheus 9090)" --out "$PICTURE" --minutes 6
+  "$venv/bin/python" -m benchmarks.dashboard --prometheus "http://$(compose port prometheus 9090)" --out "$PICTURE" --minutes 5
 fi
 
 say "kill under load"

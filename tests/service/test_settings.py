@@ -21,6 +21,7 @@ EXPERIMENT: dict[str, Any] = {
 
 ARMS: list[dict[str, Any]] = [{"deployment": "mood-full"}, {"deployment": "mood-pruned"}]
 SHADOW = EXPERIMENT | {"mode": "shadow", "arms": ARMS}
+CASCADE = SHADOW | {"mode": "cascade", "threshold": 0.9}
 
 
 def with_second_arm(deployment: str, weight: float) -> dict[str, Any]:
@@ -146,6 +147,9 @@ def test_bad_variable(config: Path, monkeypatch: pytest.MonkeyPatch, variable: s
         ({"experiments.e": SHADOW | {"mode": "cascade"}}, "experiments.e.threshold: a cascade needs one"),
         ({"experiments.e": SHADOW | {"threshold": 0.9}}, "experiments.e.threshold: .* only a cascade has one"),
         ({"experiments.e": SHADOW | {"confidence": {}}}, "experiments.e.confidence: a shadow has none"),
+        ({"experiments.e": CASCADE | {"confidence": {"kind": "dispersion"}}}, "kind dispersion needs weights"),
+        ({"experiments.e": CASCADE | {"confidence": {"weights": {"variance": 1.0}}}}, "only it has them"),
+        ({"experiments.e": CASCADE | {"confidence": {"weights": {"entropy": 1.0}}}}, "Input should be 'variance' or"),
         ({"experiments.e": EXPERIMENT | {"sample": 50}}, "experiments.e.sample: a split has none"),
         ({"experiments.e": SHADOW | {"margin": 0.0}}, "experiments.e.margin"),
         ({"experiments.e": SHADOW | {"ramp": {"steps": [5, 5]}}}, "experiments.e.ramp.steps must rise"),

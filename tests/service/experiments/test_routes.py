@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.experiments import page
+from service.experiments import page, refresh
 from service.experiments.document import Report, ReportList
 from service.experiments.routes import prefers_html
 from service.storage.events import StorageUnavailableError
@@ -174,7 +174,8 @@ def test_a_winner_answers_the_task(start: Start) -> None:
         assert code_of(patch(harness, state="running")) == (409, "revision_required")
 
 
-def test_a_change_is_seen_at_once_though_reports_are_kept(start: Start) -> None:
+def test_a_change_is_seen_at_once_though_reports_are_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refresh, "FRESH_SECONDS", 60.0)
     harness = start(experiments=split(), admin=ADMIN)
     for state in ("paused", "running", "paused"):
         assert patch(harness, state=state).json()["state"] == state
