@@ -55,6 +55,7 @@ class Outcome:
     child: str
     rows: int
     units: int
+    dropped: int
     only_control: int
     only_candidate: int
     lower: float
@@ -69,10 +70,19 @@ class Outcome:
 
     @property
     def agrees(self) -> bool:
-        """Counts and verdict are the same, on the wire, on the page and in the terminal."""
+        """Counts and verdict are the same, on the wire, on the page and in the terminal.
+
+        A shadow that was shed on a busy machine has met fewer rows; then the verdicts are compared, the counts are not.
+        """
         counts = (self.only_control, self.only_candidate) == (self.offline_only_control, self.offline_only_candidate)
         is_fair = self.child != "twin" or self.verdict != "inferior"
-        return counts and self.verdict == self.offline_verdict and self.page_agrees and self.terminal_agrees and is_fair
+        return (
+            (counts or self.dropped > 0)
+            and self.verdict == self.offline_verdict
+            and self.page_agrees
+            and self.terminal_agrees
+            and is_fair
+        )
 
 
 def replay(tasks: Sequence[DemoTask], margin: float, directory: Path) -> Iterator[Outcome]:
@@ -116,6 +126,7 @@ def compare(
         child=kind,
         rows=len(rows),
         units=report["units"],
+        dropped=sum(report["dropped"].values()),
         only_control=report["pairs"]["only_control"],
         only_candidate=report["pairs"]["only_candidate"],
         lower=difference["lower"],
@@ -267,7 +278,7 @@ def config(task: DemoTask, paths: dict[str, Path], margin: float, directory: Pat
 
 
 COLUMNS = (
-    *("task", "child", "rows", "units", "only full / only child", "offline", "difference at 95 %", "verdict"),
+    *("task", "child", "rows", "units", "shed", "only full / only child", "offline", "difference at 95 %", "verdict"),
     *("offline", "same everywhere", "rows/s"),
 )
 
@@ -277,7 +288,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     for o in outcomes:
         cells = (
-            *(o.task, o.child, o.rows, o.units, f"{o.only_control} / {o.only_candidate}"),
+            *(o.task, o.child, o.rows, o.units, o.dropped, f"{o.only_control} / {o.only_candidate}"),
             f"{o.offline_only_control} / {o.offline_only_candidate}",
             f"[{100 * o.lower:+.1f}, {100 * o.upper:+.1f}]",
             *(o.verdict, o.offline_verdict, "yes" if o.agrees else "NO", f"{o.rows_per_second:.0f}"),

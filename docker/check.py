@@ -8,7 +8,8 @@
     check.py recall SERVICE FILE          the experiments hold what FILE says
     check.py keys SERVICE PROMETHEUS KEY  only who has a key is served, and Prometheus has one of its own
     check.py refused SERVICE KEY          a key that was taken out is none any more
-    check.py load SERVICE FILE            send requests until refused, or long enough; note in FILE what became of them
+    check.py load SERVICE FILE [SECONDS]  send requests until refused, or long enough; note in FILE what became of them
+    check.py steady FILE                  every request of FILE was answered
     check.py drained FILE LOG             no request of FILE was lost, and LOG, the service's, has as many answers
 
 SERVICE and PROMETHEUS are addresses such as 127.0.0.1:8000.
@@ -48,14 +49,25 @@ SCRAPES_SECONDS = 60
 REPORT_SECONDS = 60
 # Longer than a transaction of records waits, and than a report is reused.
 COMMIT_SECONDS = 3
-LOAD_SECONDS = 120
 CLIENTS = 8
 
 
 def main() -> None:
     commands: dict[str, Callable[..., None]] = {
         name: globals()[name]
-        for name in ("answers", "traffic", "numbers", "busy", "label", "recall", "keys", "refused", "load", "drained")
+        for name in (
+            "answers",
+            "traffic",
+            "numbers",
+            "busy",
+            "label",
+            "recall",
+            "keys",
+            "refused",
+            "load",
+            "steady",
+            "drained",
+        )
     }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
@@ -328,7 +340,6 @@ def settled(service: str) -> dict[str, dict[str, int]]:
         return "" if before == now else "still counting"
 
     wait_for("the labels do not settle", REPORT_SECONDS, look)
-    check(any(one["labelled"] for one in found[-1].values()), f"no label has arrived: {found[-1]}")
     return found[-1]
 
 
@@ -381,7 +392,7 @@ def refused(service: str, key: str) -> None:
     check((status, document["error"]["code"]) == (401, "invalid_key"), f"answered {status}: {document}")
 
 
-def load(service: str, file: str) -> None:
+def load(service: str, file: str, seconds: str = "120") -> None:
     """Requests from several clients at once. Each stops when it is told that the service leaves, or reaches nobody."""
     began = time.time()
     sent: list[dict[str, Any]] = []
@@ -391,7 +402,7 @@ def load(service: str, file: str) -> None:
 
     def run(client: int) -> None:
         number, misses = 0, 0
-        while time.time() < began + LOAD_SECONDS and misses < 3:
+        while time.time() < began + float(seconds) and misses < 3:
             task = TEXT_TASKS[number % len(TEXT_TASKS)]
             chosen = [texts[task][(8 * number + place) % 200] for place in range(8)]
             identity = f"{mark}-{client}-{number}"
@@ -417,6 +428,14 @@ def load(service: str, file: str) -> None:
         thread.join()
     Path(file).write_text(json.dumps({"mark": mark, "sent": sent}), encoding="utf-8")
     print(f"  load: {dict(Counter(one['outcome'] for one in sent))}")
+
+
+def steady(file: str) -> None:
+    """Nobody noticed anything."""
+    sent = json.loads(Path(file).read_text(encoding="utf-8"))["sent"]
+    others = [one for one in sent if one["outcome"] != "200"]
+    check(bool(sent) and not others, f"{len(others)} of {len(sent)} requests were not answered: {others[:5]}")
+    print(f"  {len(sent)} requests, all answered")
 
 
 def drained(file: str, log: str) -> None:

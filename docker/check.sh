@@ -11,6 +11,8 @@ prometheus_image=prom/prometheus:v2.53.3
 spare_bytes=250000000
 # Empty: the engine picks free ports.
 export SECATEUR_PORT="" PROMETHEUS_PORT=""
+SECATEUR_HASH_KEY=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
+export SECATEUR_HASH_KEY
 # Small models, on a machine that runs the clients too.
 export SECATEUR_THREADS=1
 
@@ -150,7 +152,29 @@ wait "$load"
 docker logs "$container" >"$notes/log" 2>&1
 check drained "$notes/stop.json" "$notes/log"
 
-for image in postgres:16.4-alpine haproxy:3.0.5-alpine grafana/grafana:11.3.0; do
-  docker image inspect "$image" >/dev/null 2>&1 || echo "containers: NOT RUN HERE, no such image: $image" >&2
+say "replicas"
+missing=()
+for image in $(docker compose --file compose.yaml --file docker/compose.replicas.yaml config --images); do
+  docker image inspect "$image" >/dev/null 2>&1 || missing+=("$image")
 done
+if [[ ${#missing[@]} != 0 ]]; then
+  printf '\n%s\n' "!!!!!!!! REPLICAS WERE NOT BROUGHT UP: ${missing[*]} not here !!!!!!!!" "Their configuration was checked." >&2
+else
+  compose down --volumes --timeout 20
+  files=(--file compose.yaml --file docker/compose.replicas.yaml)
+  balancer() { compose port balancer 8000; }
+  compose up --detach --no-build --pull never --wait --wait-timeout 180
+  check answers "$(balancer)"
+  check label "$(balancer)" "$notes/shared.json"
+  check load "$(balancer)" "$notes/replicas.json" 20 &
+  load=$!
+  sleep 3
+  one=$(compose ps --quiet secateur | head -n 1)
+  docker stop "$one"
+  [[ $(docker inspect --format '{{.State.ExitCode}}' "$one") == 0 ]]
+  wait "$load"
+  check steady "$notes/replicas.json"
+  # By the replica that is left.
+  check recall "$(balancer)" "$notes/shared.json"
+fi
 say "all passed"

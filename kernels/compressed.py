@@ -8,7 +8,7 @@ form and one matrix. That saves memory and costs time. Low-rank products are nev
 matrices are large. 8 experts, top 2, 8 / 512 tokens, float32, one thread of an AMD CPU, in ms, dense
 (kernels/cpu.py), masked 2:4 and rank 32 with a tenth of the rows: D 128, F 208: 0.4 / 1.7, 2.9 / 4.5, 1.3 / 2.6; D
 512, F 512: 1.8 / 9.2, 23 / 47, 1.7 / 6.6; D 768, F 3072: 29 / 154, 432 / 419, 4.4 / 42. On a GPU the same torch
-operations run; nobody has measured them, and torch's semi-structured products are not used.
+operations run, or, for 2:4 in half precision, sparse products (kernels/sparse.py); nobody has measured either.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from kernels import reference
 from kernels.routing import Activation, ExpertWeights, Routing
+from kernels.sparse import SparseProducts
 
 Linear = Callable[..., torch.Tensor]
 
@@ -59,6 +60,23 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """2:4 matrices that are never unpacked: packed_PYZ [P, ...] holds what `products` made of each. size: Y, X."""
+
+    packed_PYZ: torch.Tensor
+    size: tuple[int, int]
+    products: SparseProducts
+
+    def matrix(self, expert: int) -> torch.Tensor:
+        unit_XX = torch.eye(self.size[1], dtype=self.packed_PYZ.dtype, device=self.packed_PYZ.device)
+        return self.product(unit_XX, expert).T
+
+    def product(self, x_RX: torch.Tensor, expert: int, linear: Linear = reference.linear) -> torch.Tensor:
+        x_RX_packed = x_RX.to(self.packed_PYZ.dtype)
+        return self.products.linear(x_RX_packed, self.packed_PYZ[expert], self.size).to(x_RX.dtype)
+
+
+@dataclass(frozen=True)
 class Factored:
     """W = U V + S, where S has whole rows, or whole columns, and zeros elsewhere.
 
@@ -92,7 +110,7 @@ class Factored:
         return y_RY + linear(x_RX.index_select(1, index_Q), self.cols_PYQ[expert].to(dtype))
 
 
-Stack = Dense | Masked | Factored
+Stack = Dense | Masked | Sparse | Factored
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from models.manifest import (
     file_sha256,
     read_manifest,
 )
+from models.sparse import use_sparse_products
 from models.tokenizer import TOKENIZER_FILE, TextEncoder
 from models.weights import (
     DTYPES,
@@ -190,6 +191,7 @@ def load_checkpoint(path: Path | str, device: str = "cpu", dtype: str = "auto", 
     model.requires_grad_(False).eval()
     if manifest is not None:
         _check_sizes(manifest, model, stored_dtype(weights))
+    use_sparse_products(model)
     return Checkpoint(path, model, encoder, parse_labels(raw), parse_problem_type(raw), manifest, raw, files)
 
 

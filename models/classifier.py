@@ -16,6 +16,7 @@ from kernels.compressed import CompressedExperts
 from kernels.compressed import moe_ffn as compressed_ffn
 from kernels.moe import Backend, select_backend
 from kernels.routing import Activation, ExpertWeights, RouterPolicy, Routing
+from kernels.sparse import SparseProducts
 from models.compressed import compressed_buffers, experts_of
 from models.config import LayerShape, ModelConfig
 
@@ -70,6 +71,7 @@ class MoELayer(nn.Module):
     w_out_PDF: torch.Tensor
     const_CD: torch.Tensor
     table_VE: torch.Tensor
+    products: SparseProducts | None = None  # what packed the experts' 2:4 matrices, if anything did (models.sparse)
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class MoELayer(nn.Module):
 
     def compressed(self, activation: Activation = "silu") -> CompressedExperts:
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
-        return experts_of(self.config, self.shape, tensors, self.constants, activation)
+        return experts_of(self.config, self.shape, tensors, self.constants, activation, self.products)
 
     @property
     def constants(self) -> torch.Tensor | None:

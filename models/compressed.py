@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import torch
 
-from kernels.compressed import CompressedExperts, Dense, Factored, Masked, Stack, unpack_bits
+from kernels.compressed import CompressedExperts, Dense, Factored, Masked, Sparse, Stack, unpack_bits
 from kernels.routing import Activation
+from kernels.sparse import SparseProducts
 from models.config import Bitmask, Form, LayerShape, LowRank, ModelConfig
 from models.errors import CheckpointError
 
@@ -28,6 +29,9 @@ SUFFIXES = {
 }
 # Every name that a parameter or a buffer of compressed experts may have.
 NAMES = tuple(f"w_{matrix}_{suffix}" for matrix in MATRICES for suffix in SUFFIXES)
+# In place of value_PYM and mask_PYB where a GPU multiplies 2:4 matrices as they are (models.sparse); never in files.
+PACKED = "packed_PYZ"
+PACKED_NAMES = tuple(f"w_{matrix}_{PACKED}" for matrix in MATRICES)
 
 
 def matrix_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -78,9 +82,13 @@ def experts_of(
     tensors: Mapping[str, torch.Tensor],
     const_CD: torch.Tensor | None,
     activation: Activation = "silu",
+    products: SparseProducts | None = None,
 ) -> CompressedExperts:
-    """The layer's tensors, by name, as the kernels take them."""
-    stacks = {name: _stack(name, form, width, tensors) for name, form, _, width in _matrices(config, shape)}
+    """The layer's tensors, by name, as the kernels take them. products: what packed the packed ones."""
+    stacks = {
+        name: _stack(name, form, (height, width), tensors, products)
+        for name, form, height, width in _matrices(config, shape)
+    }
     return CompressedExperts(
         gate=stacks.get("gate"),
         up=stacks["up"],
@@ -93,12 +101,20 @@ def experts_of(
     )
 
 
-def _stack(matrix: str, form: Form | None, width: int, tensors: Mapping[str, torch.Tensor]) -> Stack:
+def _stack(
+    matrix: str,
+    form: Form | None,
+    size: tuple[int, int],
+    tensors: Mapping[str, torch.Tensor],
+    products: SparseProducts | None,
+) -> Stack:
     name = f"w_{matrix}_"
     if form is None:
         return Dense(tensors[f"{name}PYX"])
     if isinstance(form, Bitmask):
-        return Masked(tensors[f"{name}value_PYM"], tensors[f"{name}mask_PYB"], width)
+        if products is not None and f"{name}{PACKED}" in tensors:
+            return Sparse(tensors[f"{name}{PACKED}"], size, products)
+        return Masked(tensors[f"{name}value_PYM"], tensors[f"{name}mask_PYB"], size[1])
     rest = (tensors.get(f"{name}{suffix}") for suffix in ("rows_PQX", "cols_PYQ", "index_PQ"))
     return Factored(tensors[f"{name}u_PYL"], tensors[f"{name}v_PLX"], *rest)
 

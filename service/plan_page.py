@@ -189,8 +189,8 @@ def _claim(plan: Plan) -> str:
         "one-sided 95 % bounds of the paired difference must be above minus the tolerance: an exact one, which takes "
         "rows as independent, and one over groups by Student's t, which is an approximation where groups are few. "
         "Of those that passed, the smallest was chosen that is not behind the reference on all dev rows, neither in "
-        "rows that it has right nor in the mean probability of the true label; if all were, the smallest. Test rows "
-        "were not looked at.</p>"
+        "rows that it has right nor, by over a standard error, in the mean probability of the true label; if all were, "
+        "the smallest. Test rows were not looked at.</p>"
         "</section>"
     )
 

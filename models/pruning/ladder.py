@@ -7,6 +7,7 @@ right: most children tie there, and of those that differ, the one that gained mo
 far a child moved from its parent, and none is ranked higher for what it gained.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -39,8 +40,11 @@ def taken(passed: Sequence[C], reference: C | None, runs: Callable[[C], Run]) ->
 
 
 def is_behind(run: Run, other: Run) -> bool:
-    """Fewer rows right, or true labels that are less probable on average: where few rows change, this tells more.
+    """Fewer rows right, or true labels that are less probable on average, by over a standard error.
 
-    Not cross-entropy, which falls for a child that is merely less sure than a parent that was too sure.
+    Where few rows change, the second tells more. Not cross-entropy, which falls for a child that is merely less sure
+    than a parent that was too sure.
     """
-    return bool(run.right_N.sum() < other.right_N.sum() or run.confidence.mean() < other.confidence.mean())
+    less_N = other.confidence - run.confidence
+    error = float(less_N.std()) / math.sqrt(len(less_N))
+    return bool(run.right_N.sum() < other.right_N.sum() or less_N.mean() > error)

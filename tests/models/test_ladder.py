@@ -66,6 +66,11 @@ def test_behind_is_fewer_rows_or_less_probable_labels() -> None:
     assert is_behind(run("1110", 1), run("1111", 1))
     assert is_behind(run("1111", 1, 0.8), run("1111", 1, 0.9))
     assert not is_behind(run("1111", 1), run("1111", 1))
+    # Of four rows two differ, by -.2 and +.1: by .025 on average, where the error is sqrt(.0125 - .025^2) / 2 = .055.
+    mixed, even = ([0.7, 1.0, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9])
+    runs = [Run(np.ones(4, dtype=bool), -np.log(np.array(p, dtype=np.float32)), 1) for p in (mixed, even)]
+    assert not is_behind(*runs)
+    assert is_behind(*(Run(r.right_N.repeat(6), r.loss_N.repeat(6), 1) for r in runs))  # the error is .022
     # One row of which it was sure costs more nats than it wins, but is one row.
     gambler = Run(np.array([True, True, False]), np.array([0.0, 0.0, 9.0], dtype=np.float32), 1)
     assert gambler.loss_N.sum() > run("110", 1, 0.6).loss_N.sum()

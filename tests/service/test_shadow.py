@@ -55,6 +55,9 @@ def test_pairs_by_hand(start: Start) -> None:
     # The same text is the same unit, and nobody could read it there.
     assert first["unit"] == third["unit"] != second["unit"]
     assert len(first["unit"]) == 32
+    exposed = harness.records("exposures", 3)
+    assert [row["unit"] for row in exposed] == [row["fingerprint"] for row in exposed]
+    assert [row["unit"] for row in exposed] == [first["unit"], second["unit"], third["unit"]]
     assert min(first["primary_ms"], first["candidate_ms"]) > 0
     assert harness.metric("experiment_pairs_total", **NAMES, outcome="agree") == 2
     assert harness.metric("experiment_pairs_total", **NAMES, outcome="disagree") == 1
