@@ -8,6 +8,7 @@ read here, after it has ended.
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,7 +166,8 @@ INTRODUCTION = (
     "Each plan was asked for at most {tolerance:g} points of accuracy below the parent, at 95 % confidence. Dev rows "
     "choose and confirm; test rows were read when the plan had ended. Accuracies are percentages, in brackets their "
     "95 % Wilson intervals. A confirmed loss is what the plan claims, in points: the one-sided bound on the rows that "
-    "confirm."
+    "confirm. How a plan chooses was settled on resampled dev rows of these tasks, so what it finds on them is no "
+    "proof that it finds as much elsewhere."
 )
 BESIDE = (
     "What one would have without a plan: {methods} methods at their defaults, keeping half of the experts, and of them "
@@ -194,7 +196,7 @@ def _chosen(result: Compared) -> list[str]:
         _bytes(result.chosen, result),
         _accuracy(result.chosen.dev),
         _accuracy(result.chosen.test),
-        f"at most {max(-100 * bound, 0):.2f}",
+        f"at most {max(math.ceil(-10_000 * bound) / 100, 0):.2f}",
     ]
 
 

@@ -53,22 +53,8 @@ CLIENTS = 8
 
 
 def main() -> None:
-    commands: dict[str, Callable[..., None]] = {
-        name: globals()[name]
-        for name in (
-            "answers",
-            "traffic",
-            "numbers",
-            "busy",
-            "label",
-            "recall",
-            "keys",
-            "refused",
-            "load",
-            "steady",
-            "drained",
-        )
-    }
+    every = (answers, traffic, numbers, busy, label, recall, keys, refused, load, steady, drained)
+    commands: dict[str, Callable[..., None]] = {command.__name__: command for command in every}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])

@@ -11,8 +11,6 @@ prometheus_image=prom/prometheus:v2.53.3
 spare_bytes=250000000
 # Empty: the engine picks free ports.
 export SECATEUR_PORT="" PROMETHEUS_PORT=""
-SECATEUR_HASH_KEY=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
-export SECATEUR_HASH_KEY
 # Small models, on a machine that runs the clients too.
 export SECATEUR_THREADS=1
 
@@ -153,6 +151,8 @@ docker logs "$container" >"$notes/log" 2>&1
 check drained "$notes/stop.json" "$notes/log"
 
 say "replicas"
+SECATEUR_HASH_KEY=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
+export SECATEUR_HASH_KEY
 missing=()
 for image in $(docker compose --file compose.yaml --file docker/compose.replicas.yaml config --images); do
   docker image inspect "$image" >/dev/null 2>&1 || missing+=("$image")

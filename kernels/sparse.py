@@ -53,7 +53,7 @@ def pack(w_YX: torch.Tensor) -> torch.Tensor:
 
 def linear(x_RX: torch.Tensor, packed_YZ: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """One sparse product: [R, X] -> [R, Y]."""
-    w_YX = SparseSemiStructuredTensorCUSPARSELT(torch.Size(size), packed_YZ, None, None, None, None)  # type: ignore[no-untyped-call]
+    w_YX = SparseSemiStructuredTensorCUSPARSELT(torch.Size(size), packed_YZ, None, None, None, None)
     return torch.nn.functional.linear(x_RX, w_YX)
 
 

@@ -32,7 +32,7 @@ from service.experiments.document import (
 )
 from service.experiments.guardrail import failures
 from service.experiments.recalls import class_reports, regressions
-from service.experiments.records import Milliseconds, Records
+from service.experiments.records import Counts, Milliseconds, Records
 from service.metrics import PREFIX, Metrics
 from service.savings import alone_bytes, saved_bytes
 from service.statistics.classes import wilson
@@ -47,6 +47,10 @@ from service.storage.events import Step
 MOST_FLIPS = 20
 WATCHED_QUANTILE = 0.95
 CURVE = [percent / 100 for percent in range(1, 100)]
+PICKED = (
+    "labels_picked: labels went to disagreements more often than to agreements, so the labelled pairs are no fair "
+    "sample; the difference is taken over all pairs, those without a label at their worst"
+)
 SHADOW_DROPS = ("busy", "draining")
 
 
@@ -117,7 +121,10 @@ def assemble(records: Records, registry: Registry, shadow_drops: dict[str, int],
         warnings=[],
     )
     said = words.verdict_words(report, judged.invalid)
-    return report.model_copy(update={"words": said, "warnings": list(_warnings(report, judged.invalid))})
+    warnings = list(_warnings(report, judged.invalid))
+    if is_shadow and are_labels_picked(records):
+        warnings.append(PICKED)
+    return report.model_copy(update={"words": said, "warnings": warnings})
 
 
 def line(report: Report) -> ReportLine:
@@ -157,7 +164,7 @@ def compared(records: Records) -> Comparison | None:
     """The comparison that the records allow, None in a cascade.
 
     A shadow is judged by its labelled pairs once there are enough for any verdict, and until then by how often its arms
-    disagree, which needs no label.
+    disagree, which needs no label; so too where labels were given to disagreements only.
     """
     counts = records.counts
     if records.experiment.mode == "cascade":
@@ -168,12 +175,34 @@ def compared(records: Records) -> Comparison | None:
         )
         return TwoArms(right_1, n_1, right_0, n_0)
     labelled, pairs = counts.n("labelled_pairs"), counts.n("unit_pairs")
-    if labelled >= FEWEST or not pairs:
-        only_control, only_candidate = (
-            counts.n("labelled_pairs", predicted=word) for word in ("only_control", "only_candidate")
-        )
+    only_control, only_candidate = (
+        counts.n("labelled_pairs", predicted=word) for word in ("only_control", "only_candidate")
+    )
+    if (labelled >= FEWEST and not are_labels_picked(records)) or not pairs:
         return Paired(only_control, only_candidate, labelled)
-    return LabelFree(pairs - counts.n("unit_pairs", predicted="agree"), pairs)
+    return LabelFree(_disagreements(counts), pairs, only_control, only_candidate)
+
+
+def are_labels_picked(records: Records) -> bool:
+    """Whether a shadow's labels went to disagreements, so that the labelled pairs are no fair sample of all pairs.
+
+    Who labels only what the arms disagree on saves work, and would make `Paired` call any difference ten times what it
+    is. Pairs that one arm alone won are disagreements: their share of the labelled is held against the share of
+    disagreements in all pairs, by the same sequential test as the arms' counts.
+    """
+    counts = records.counts
+    labelled, pairs = counts.n("labelled_pairs"), counts.n("unit_pairs")
+    won = counts.n("labelled_pairs", predicted="only_control") + counts.n("labelled_pairs", predicted="only_candidate")
+    disagreements = _disagreements(counts)
+    if won * pairs <= disagreements * labelled:
+        return False
+    return srm([won, labelled - won], [disagreements, pairs - disagreements]).alarm
+
+
+def _disagreements(counts: Counts) -> int:
+    """First pairs of a unit that disagree. A unit's first labelled pair may be another, and may be the only one to."""
+    won = counts.n("labelled_pairs", predicted="only_control") + counts.n("labelled_pairs", predicted="only_candidate")
+    return max(counts.n("unit_pairs") - counts.n("unit_pairs", predicted="agree"), won)
 
 
 def _judge(records: Records, task: Task, is_ratio_off: bool, are_labels_off: bool) -> _Judged:

@@ -152,7 +152,7 @@ steps = Table(
 # One row: what the hash key makes of a constant, so that a changed key is seen and units are not counted anew.
 keys = Table("keys", metadata, Column("mark", String, primary_key=True))
 
-# Conditions of partial indexes, which serve only queries that repeat them to the letter: so no bound values.
+# Conditions of partial indexes. Literals, not bound values: PostgreSQL plans a prepared query without knowing those.
 # A latency is that of a request, so its first item stands for it; an answer of another deployment is not the arm's.
 MEASURED = and_(
     exposures.c.item == literal_column("0"),

@@ -133,8 +133,10 @@ def test_one_bad_item_leaves_the_control_the_others(start: Start) -> None:
 def test_a_control_that_is_not_there(start: Start) -> None:
     loader = toy_loader()
     loader.broken[CONTROL] = CheckpointError("gone")
-    answer = start(loader, experiments=experiments()).classify(UNSURE)
-    assert (answer.status_code, answer.headers["x-cascade"]) == (200, "fallback")
+    harness = start(loader, experiments=experiments())
+    for _ in range(2):  # nothing was handed to the engine that it could not run
+        answer = harness.classify(UNSURE)
+        assert (answer.status_code, answer.headers["x-cascade"]) == (200, "fallback")
 
 
 def test_a_candidate_that_is_not_there_is_no_cascade(start: Start) -> None:
@@ -239,6 +241,9 @@ def test_a_client_that_leaves_during_the_second_step(start: Start) -> None:
 
 def test_exposures_of_a_cascade(start: Start) -> None:
     harness = start(experiments=experiments())
+    gate = harness.loader.model(CANDIDATE).gate
+    gate.clear()
+    threading.Timer(0.1, gate.set).start()
     body = harness.classify([UNSURE, SURE], subject="user-1").json()
     escalated, accepted = harness.records("exposures", 2)
     assert (escalated["id"], escalated["item"], accepted["item"]) == (body["id"], 0, 1)
@@ -246,8 +251,8 @@ def test_exposures_of_a_cascade(start: Start) -> None:
     assert (accepted["served"], accepted["cascade"], accepted["tokens"]) == (CANDIDATE, "accepted", 4)
     assert escalated["intended"] == accepted["intended"] == CANDIDATE
     assert escalated["unit"] == accepted["unit"] != "user-1"
-    # Both were in one pass of the candidate, a fifth of it the first one's; the control's pass is all its own.
-    assert escalated["device_ms"] > accepted["device_ms"] / 4
+    # Both were in one pass of the candidate, a fifth of it the first one's; the control's pass is all its own, and short.
+    assert escalated["device_ms"] > accepted["device_ms"] / 4 > 10
     assert escalated["label"] == accepted["label"] == LABELS[0]
     assert "user-1" not in json.dumps([escalated, accepted])
 

@@ -334,3 +334,27 @@ def test_deployment_errors_do_not_break_a_report(registry: Registry) -> None:
         deployment.error_code = str(CheckpointError("gone"))
     report = report_on(registry, records("split", split_tallies(4450, 5000, 4500, 5000)))
     assert report.verdict == "undecided"
+
+
+def test_labels_of_disagreements_alone_make_nothing_worse_than_it_is(registry: Registry) -> None:
+    """10,000 pairs, 300 disagree, only those have labels: the candidate loses 160 and wins 110, half a point in all."""
+    labelled = {"only_control": 160, "only_candidate": 110, "both_wrong": 30, "both_right": 0}
+    tallies = [tally("labelled_pairs", n, predicted=word) for word, n in labelled.items()]
+    tallies += [tally(name, 9700, predicted="agree") for name in ("unit_pairs", "pairs")]
+    tallies += [tally(name, 300, predicted="disagree") for name in ("unit_pairs", "pairs")]
+    report = report_on(registry, records("shadow", tallies, margin=0.02))
+    assert report.difference.method == "label_free"
+    assert report.difference.estimate == pytest.approx(-0.005)
+    assert report.verdict == "non_inferior"
+    assert [warning.partition(":")[0] for warning in report.warnings] == ["labels_picked"]
+
+
+def test_labels_given_without_regard_to_the_answers_are_a_fair_sample(registry: Registry) -> None:
+    fair = [
+        *(tally(name, 9700, predicted="agree") for name in ("unit_pairs", "pairs")),
+        *(tally(name, 300, predicted="disagree") for name in ("unit_pairs", "pairs")),
+        *(tally("labelled_pairs", n, predicted=word) for word, n in (("both_right", 960), ("only_control", 40))),
+    ]
+    report = report_on(registry, records("shadow", fair))
+    assert report.difference.method == "paired_betting"
+    assert not report.warnings
