@@ -13,7 +13,7 @@ PARTS = ("experts", "router", "attention", "embedding", "head", "other")
 PART_OF = {
     "w_in_PGD": "experts",
     "w_out_PDF": "experts",
-    **dict.fromkeys(NAMES, "experts"),
+    **dict.fromkeys((*NAMES, *PACKED_NAMES), "experts"),
     "const_CD": "experts",
     "b_in_PG": "experts",
     "b_out_PD": "experts",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+DRIVERS = frozenset({"sqlite", "postgresql", "postgresql+psycopg"})
 RESERVED_NAMES = frozenset({"auto", "full", "pruned", "mixed"})
 
 
@@ -30,6 +31,19 @@ def _relative_path(value: str) -> str:
     path = PurePosixPath(value)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise rule("the path must be relative to models.root and must not contain '..'")
+    return value
+
+
+def _database(value: str) -> str:
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(value)
+    except (ArgumentError, ValueError):
+        raise rule("not a database URL, such as postgresql://user:password@host:5432/name") from None
+    if url.drivername not in DRIVERS or not url.database:
+        raise rule("must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
     return value
 
 
@@ -260,7 +274,7 @@ class Storage(Section):
     queue_events: records that may wait for the writer; beyond it they are dropped and counted.
     """
 
-    url: str = Field("sqlite:///secateur.db", pattern=r"^(sqlite:///.+|postgresql(\+psycopg)?://.+)$")
+    url: Annotated[str, AfterValidator(_database)] = "sqlite:///secateur.db"
     queue_events: int = Field(10_000, ge=1)
     retention_days: int = Field(90, ge=1)
 

@@ -9,7 +9,7 @@ from typing import Any
 from models.errors import PlanError
 
 PLAN_FILE = "plan.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class Journal:

@@ -243,7 +243,7 @@ def test_exposures_of_a_cascade(start: Start) -> None:
     harness = start(experiments=experiments())
     gate = harness.loader.model(CANDIDATE).gate
     gate.clear()
-    threading.Timer(0.1, gate.set).start()
+    threading.Timer(0.3, gate.set).start()
     body = harness.classify([UNSURE, SURE], subject="user-1").json()
     escalated, accepted = harness.records("exposures", 2)
     assert (escalated["id"], escalated["item"], accepted["item"]) == (body["id"], 0, 1)
@@ -251,7 +251,7 @@ def test_exposures_of_a_cascade(start: Start) -> None:
     assert (accepted["served"], accepted["cascade"], accepted["tokens"]) == (CANDIDATE, "accepted", 4)
     assert escalated["intended"] == accepted["intended"] == CANDIDATE
     assert escalated["unit"] == accepted["unit"] != "user-1"
-    # Both were in one pass of the candidate, a fifth of it the first one's; the control's pass is all its own, and short.
+    # Both were in one pass of the candidate, a fifth of it the first one's; the control's is all its own, and short.
     assert escalated["device_ms"] > accepted["device_ms"] / 4 > 10
     assert escalated["label"] == accepted["label"] == LABELS[0]
     assert "user-1" not in json.dumps([escalated, accepted])
