@@ -37,7 +37,7 @@ COPY service service
 COPY demo demo
 COPY LICENSE ./
 # Weight files may be readable by their writer only, who is root here and not who serves.
-RUN python -m service demo path && chmod -R a+rX demo
+RUN python -m compileall -q kernels models service && python -m service demo path && chmod -R a+rX demo
 
 FROM base AS runtime-cpu
 
@@ -53,13 +53,6 @@ ENV TRITON_CACHE_DIR=/var/cache/triton
 
 # hadolint ignore=DL3006
 FROM runtime-${DEVICE}
-ARG VERSION=dev
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="Secateur" \
-      org.opencontainers.image.description="Serves full and pruned Mixture-of-Experts classifiers side by side" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 COPY --from=dependencies /opt/venv /opt/venv
 # Volumes that are mounted here take over the owner, who serves: records of experiments, models and keys.
 RUN install --directory --owner 10001 --group 10001 /var/lib/secateur /models /keys
@@ -76,3 +69,11 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
 CMD ["python", "-m", "service", "serve"]
+# Last, since they differ with every commit.
+ARG VERSION=dev
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Secateur" \
+      org.opencontainers.image.description="Serves full and pruned Mixture-of-Experts classifiers side by side" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -1,11 +1,13 @@
 """Does the server's verdict agree with the two checkpoints? The demo's test rows as live traffic, with feedback.
 
     python -m benchmarks.replay [--tasks spam language] [--margin 0.02]
+    python -m benchmarks.replay --url http://127.0.0.1:8000
 
-Each task is served three times in one process, as shadow experiments of its full model: against its pruned child,
-against a child that lost all but the fewest experts at random, and against itself. A real client sends every test row
-with its label as feedback, then the report, the page and `secateur report` are read. The offline comparison evaluates
-the same checkpoints on the same rows without a server; its verdict uses each distinct input once, as the server does.
+A real client sends every test row with its label as feedback; then the report, the page and `secateur report` are read.
+The offline comparison evaluates the same checkpoints on the same rows without a server, and uses each distinct input
+(shadow) or each subject's arm (split) as the server does. Without --url each task is served three times by a process of
+its own, as shadow experiments of its full model: against its pruned child, against a child that lost all but the fewest
+experts at random, and against itself. With --url the experiments of a running demo are used, in their own modes.
 Prints a table; exits with 1 if a verdict or a count disagrees, or a twin is called inferior.
 """
 
@@ -38,7 +40,8 @@ from models.dataset import Row, read_rows
 from models.evaluate import Evaluation, evaluate
 from models.pruning.prune import prune
 from service.demo import CHECKPOINTS, FEWEST, TASKS, DemoTask, ensure_demo
-from service.statistics.paired import betting_interval
+from service.statistics.comparison import Paired, TwoArms
+from service.statistics.verdict import verdict
 
 KINDS = ("pruned", "broken", "twin")
 LOADED = "deployment is ready"
@@ -49,20 +52,22 @@ PATIENCE_SECONDS = 120
 
 @dataclass(frozen=True)
 class Outcome:
-    """One experiment: what the report says, and what the checkpoints say without a server."""
+    """One experiment: what the report says, and what the checkpoints say without a server.
+
+    counts: pairs that the full or the child alone got right (shadow); rows labelled and right by arm (split).
+    """
 
     task: str
     child: str
+    mode: str
     rows: int
     units: int
-    dropped: int
-    only_control: int
-    only_candidate: int
+    shed: int
+    counts: tuple[int, ...]
+    offline_counts: tuple[int, ...]
     lower: float
     upper: float
     verdict: str
-    offline_only_control: int
-    offline_only_candidate: int
     offline_verdict: str
     page_agrees: bool
     terminal_agrees: bool
@@ -74,19 +79,13 @@ class Outcome:
 
         A shadow that was shed on a busy machine has met fewer rows; then the verdicts are compared, the counts are not.
         """
-        counts = (self.only_control, self.only_candidate) == (self.offline_only_control, self.offline_only_candidate)
+        counts = self.counts == self.offline_counts or self.shed > 0
         is_fair = self.child != "twin" or self.verdict != "inferior"
-        return (
-            (counts or self.dropped > 0)
-            and self.verdict == self.offline_verdict
-            and self.page_agrees
-            and self.terminal_agrees
-            and is_fair
-        )
+        return counts and self.verdict == self.offline_verdict and self.page_agrees and self.terminal_agrees and is_fair
 
 
 def replay(tasks: Sequence[DemoTask], margin: float, directory: Path) -> Iterator[Outcome]:
-    """Serve, send every test row of each task, and compare; one outcome per task and child."""
+    """Serve each task by a process of its own, send its test rows, and compare; one outcome per task and child."""
     ensure_demo()
     for task in tasks:
         broken = directory / f"{task.name}-broken"
@@ -97,58 +96,81 @@ def replay(tasks: Sequence[DemoTask], margin: float, directory: Path) -> Iterato
         with served(task, paths, margin, directory) as address:
             for kind in KINDS:
                 child = evaluate(load_checkpoint(paths[kind]), rows) if kind in paths else full
-                began = time.monotonic()
-                send_all(address, f"{task.name}-{kind}", rows)
-                seconds = time.monotonic() - began
-                yield compare(address, task, kind, rows, (full, child), margin, seconds)
+                yield compare(
+                    address, f"{task.name}-{kind}", f"{task.name}-{kind}", (task.name, kind), rows, full, child
+                )
+
+
+def replay_running(address: str, tasks: Sequence[DemoTask]) -> Iterator[Outcome]:
+    """Send the test rows of the demo's tasks to a server that runs, and compare; one outcome per experiment."""
+    for listed in get_json(address, "/experiments")["data"]:
+        task = next((task for task in tasks if task.name == listed["task"]), None)
+        if task is None or listed["state"] != "running" or listed["mode"] == "cascade":
+            continue
+        rows = read_rows(task.data, "test")
+        full, child = (evaluate(load_checkpoint(CHECKPOINTS / task.name / name), rows) for name in ("full", "pruned"))
+        yield compare(address, listed["name"], task.name, (task.name, "pruned"), rows, full, child)
 
 
 def compare(
     address: str,
-    task: DemoTask,
-    kind: str,
+    name: str,
+    task: str,
+    about: tuple[str, str],
     rows: Sequence[Row],
-    evaluations: tuple[Evaluation, Evaluation],
-    margin: float,
-    seconds: float,
+    full: Evaluation,
+    child: Evaluation,
 ) -> Outcome:
-    """The report of one experiment beside the offline comparison."""
-    name = f"{task.name}-{kind}"
+    """Send the rows, and put the report of an experiment beside the offline comparison."""
+    before = get_json(address, f"/experiments/{name}")
+    began = time.monotonic()
+    variants = send_all(address, task, name, rows)
+    seconds = time.monotonic() - began
     report = get_json(address, f"/experiments/{name}")
     page = get(address, f"/experiments/{name}?format=html").decode()
     command = [sys.executable, "-m", "service", "report", name, "--url", f"http://{address}", "--json"]
     terminal = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    control, candidate = _first_of_each(rows, *evaluations)
-    only_control, only_candidate = control - candidate, candidate - control
-    difference = report["difference"]
+    if report["mode"] == "shadow":
+        counts = (report["pairs"]["only_control"], report["pairs"]["only_candidate"])
+        both = paired(rows, full, child)
+        offline: tuple[int, ...] = (round(both.only_control), round(both.only_candidate))
+        comparison: Paired | TwoArms = both
+    else:
+        counts = tuple(arm[key] for arm in report["arms"] for key in ("labelled", "right"))
+        offline = by_arm([variant == report["candidate"] for variant in variants], full, child)
+        comparison = TwoArms(offline[3], offline[2], offline[1], offline[0])
     return Outcome(
-        task=task.name,
-        child=kind,
+        *about,
+        mode=report["mode"],
         rows=len(rows),
         units=report["units"],
-        dropped=sum(report["dropped"].values()),
-        only_control=report["pairs"]["only_control"],
-        only_candidate=report["pairs"]["only_candidate"],
-        lower=difference["lower"],
-        upper=difference["upper"],
+        shed=sum(report["dropped"].values()) + before["units"],
+        counts=counts,
+        offline_counts=offline,
+        lower=report["difference"]["lower"],
+        upper=report["difference"]["upper"],
         verdict=report["verdict"],
-        offline_only_control=len(only_control),
-        offline_only_candidate=len(only_candidate),
-        offline_verdict=offline_verdict(len(only_control), len(only_candidate), _distinct(rows), margin),
+        offline_verdict=verdict(comparison, report["margin"])[0],
         page_agrees=report["words"] in html.unescape(page),
         terminal_agrees=(terminal["verdict"], terminal["pairs"]) == (report["verdict"], report["pairs"]),
         rows_per_second=len(rows) / seconds,
     )
 
 
-def offline_verdict(only_control: int, only_candidate: int, units: int, margin: float) -> str:
-    """The word for finished counts, by the interval that the server would have had after the last row."""
-    interval = betting_interval(only_control, only_candidate, units)
-    if interval.upper < -margin:
-        return "inferior"
-    if interval.lower > 0:
-        return "superior"
-    return "non_inferior" if interval.lower > -margin else "undecided"
+def paired(rows: Sequence[Row], full: Evaluation, child: Evaluation) -> Paired:
+    """Both checkpoints on the first row of each distinct input."""
+    control, candidate = _first_of_each(rows, full, child)
+    return Paired(len(control - candidate), len(candidate - control), len({_bytes(row) for row in rows}))
+
+
+def by_arm(to_child: Sequence[bool], full: Evaluation, child: Evaluation) -> tuple[int, ...]:
+    """Rows and right rows of the full, then of the child, each on the rows that it was given."""
+    right = [
+        (child if is_child else full).predictions[i] == (child if is_child else full).truth[i]
+        for i, is_child in enumerate(to_child)
+    ]
+    arms = ([ok for ok, is_child in zip(right, to_child, strict=True) if is_child is arm] for arm in (False, True))
+    return tuple(number for found in arms for number in (len(found), sum(found)))
 
 
 def _first_of_each(rows: Sequence[Row], *evaluations: Evaluation) -> list[set[int]]:
@@ -157,10 +179,6 @@ def _first_of_each(rows: Sequence[Row], *evaluations: Evaluation) -> list[set[in
     for number, row in enumerate(rows):
         first.setdefault(_bytes(row), number)
     return [{i for i in first.values() if e.predictions[i] == e.truth[i]} for e in evaluations]
-
-
-def _distinct(rows: Sequence[Row]) -> int:
-    return len({_bytes(row) for row in rows})
 
 
 def _bytes(row: Row) -> bytes:
@@ -173,26 +191,36 @@ def _png(image: npt.NDArray[np.uint8]) -> bytes:
     return stream.getvalue()
 
 
-def send_all(address: str, task: str, rows: Sequence[Row]) -> None:
-    """Every row once, a chunk at a time, each with its label as feedback; then the shadow has caught up."""
+def send_all(address: str, task: str, experiment: str, rows: Sequence[Row]) -> list[str]:
+    """Every row once, a chunk at a time, each with its label as feedback; then a shadow has caught up.
+
+    Returns the deployment that answered each row.
+    """
     connection = http.client.HTTPConnection(address, timeout=PATIENCE_SECONDS)
+    is_shadow = get_json(address, f"/experiments/{experiment}")["mode"] == "shadow"
+    before, variants = pairs(address, experiment), []
     for start in range(0, len(rows), CHUNK):
         labels = []
         for number, row in enumerate(rows[start : start + CHUNK], start):
             source = row.text if row.image is None else {"image": base64.b64encode(_png(row.image)).decode()}
             answer = post(connection, "/classify", {"task": task, "inputs": [source], "subject": f"row-{number}"})
             labels.append({"id": answer["id"], "index": 0, "label": row.label})
+            variants.append(answer["variant"])
         post(connection, "/feedback", {"items": labels})
-        wait_for_pairs(address, task, start + len(labels))
+        if is_shadow:
+            wait_for_pairs(address, experiment, before + start + len(labels))
     connection.close()
+    return variants
 
 
-def wait_for_pairs(address: str, experiment: str, wanted: int) -> None:
+def wait_for_pairs(address: str, experiment: str, wanted: float) -> None:
     """Wait until the shadow has run or dropped so many items."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while pairs(address, experiment) < wanted:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{experiment}: the shadow stands at {pairs(address, experiment):.0f} of {wanted} items")
+            raise TimeoutError(
+                f"{experiment}: the shadow stands at {pairs(address, experiment):.0f} of {wanted:.0f} items"
+            )
         time.sleep(0.02)
 
 
@@ -277,19 +305,18 @@ def config(task: DemoTask, paths: dict[str, Path], margin: float, directory: Pat
     }
 
 
-COLUMNS = (
-    *("task", "child", "rows", "units", "shed", "only full / only child", "offline", "difference at 95 %", "verdict"),
-    *("offline", "same everywhere", "rows/s"),
-)
+COLUMNS = ("task", "child", "mode", "rows", "units", "shed", "counts", "offline", "difference at 95 %", "verdict")
+MORE_COLUMNS = ("offline", "same everywhere", "rows/s")
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
+    columns = (*COLUMNS, *MORE_COLUMNS)
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for o in outcomes:
+        counts, offline = (" / ".join(map(str, found)) for found in (o.counts, o.offline_counts))
         cells = (
-            *(o.task, o.child, o.rows, o.units, o.dropped, f"{o.only_control} / {o.only_candidate}"),
-            f"{o.offline_only_control} / {o.offline_only_candidate}",
+            *(o.task, o.child, o.mode, o.rows, o.units, o.shed, counts, offline),
             f"[{100 * o.lower:+.1f}, {100 * o.upper:+.1f}]",
             *(o.verdict, o.offline_verdict, "yes" if o.agrees else "NO", f"{o.rows_per_second:.0f}"),
         )
@@ -303,12 +330,18 @@ def main() -> None:
     names = [task.name for task in TASKS]
     parser.add_argument("--tasks", nargs="+", choices=names, default=names)
     parser.add_argument("--margin", type=float, default=0.02, help="accuracy that may be lost, as a fraction")
+    parser.add_argument("--url", help="a running demo, instead of servers of its own")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     chosen = [task for task in TASKS if task.name in options.tasks]
     outcomes = []
     with tempfile.TemporaryDirectory() as directory:
-        for outcome in replay(chosen, options.margin, Path(directory)):
+        found = (
+            replay_running(urlsplit(options.url).netloc, chosen)
+            if options.url
+            else replay(chosen, options.margin, Path(directory))
+        )
+        for outcome in found:
             outcomes.append(outcome)
             print(f"{outcome.task} {outcome.child}: {outcome.verdict}", file=sys.stderr, flush=True)
     print(

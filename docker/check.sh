@@ -84,6 +84,7 @@ promtool() {
     --entrypoint promtool "$prometheus_image" "$@"
 }
 promtool check config prometheus.yml
+promtool check config --syntax-only prometheus.keys.yml
 promtool test rules rules_test.yml
 
 say "up"

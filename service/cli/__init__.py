@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 
 from models.errors import CheckpointError, SecateurError
-from service.cli import demo, keys
+from service.cli import demo, keys, storage
 from service.cli.calibrate import calibrate_cascade
 from service.cli.checkpoints import classify, inspect
 from service.cli.evaluate import evaluate
@@ -49,6 +49,7 @@ app.command("import-vmoe")(import_vmoe)
 app.command("report")(report)
 app.command("promote")(promote)
 app.add_typer(demo.app, name="demo")
+app.add_typer(storage.app, name="storage")
 app.add_typer(keys.app, name="keys")
 app.command("check-config")(check_config)
 

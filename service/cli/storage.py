@@ -12,7 +12,7 @@ from service.cli.serve import ConfigFile
 app = typer.Typer(help="Look after the database of experiments.", no_args_is_help=True)
 
 
-@app.command()
+@app.command("info")
 def info(config: ConfigFile = None, as_json: JsonFlag = False) -> None:
     """Print the schema, the rows of each table and the oldest record. The service may be running.
 
@@ -36,7 +36,7 @@ def info(config: ConfigFile = None, as_json: JsonFlag = False) -> None:
         note(f"this version writes schema {found.newest}: the service upgrades when it starts")
 
 
-@app.command()
+@app.command("upgrade")
 def upgrade(config: ConfigFile = None) -> None:
     """Bring the database to this version's schema, as the service does when it starts. Make a copy of it first.
 
@@ -54,7 +54,7 @@ def upgrade(config: ConfigFile = None) -> None:
     note(f"schema {newest()}")
 
 
-@app.command()
+@app.command("prune")
 def prune(
     config: ConfigFile = None,
     days: Annotated[int | None, typer.Option(min=0, help="Default: storage.retention_days.", metavar="DAYS")] = None,

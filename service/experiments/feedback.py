@@ -78,10 +78,8 @@ def parse_feedback(document: Any) -> tuple[Sequence[FeedbackItem], bool, str]:
 
 
 def task_of(truth: str | Sequence[str], tasks: Iterable[Task], param: str) -> Task:
-    """The first task of these that has the label, or all of the list. Raises ApiError: unknown_label, not_ready.
-
-    An id does not tell its task before the answer's record is there, so a label counts as known if any task knows it.
-    """
+    """The first task of these that has the label, or all of the list. Raises ApiError: unknown_label, not_ready."""
+    param = param.lstrip(".")
     is_list = not isinstance(truth, str)
     wanted = [truth] if isinstance(truth, str) else list(truth)
     unknown = False
@@ -95,7 +93,7 @@ def task_of(truth: str | Sequence[str], tasks: Iterable[Task], param: str) -> Ta
     if unknown:
         raise ApiError("not_ready", "a task's labels are not known before one of its deployments is ready")
     hint = "a list of labels is for multi-label tasks" if is_list else "multi-label tasks take a list"
-    raise ApiError("unknown_label", f"no task with an experiment has this label; {hint}", param)
+    raise ApiError("unknown_label", f"the task has no such label; {hint}", param)
 
 
 def kept(item: FeedbackItem, key_name: str) -> Feedback:

@@ -51,7 +51,7 @@ PICKED = (
     "labels_picked: labels went to disagreements more often than to agreements, so the labelled pairs are no fair "
     "sample; the difference is taken over all pairs, those without a label at their worst"
 )
-SHADOW_DROPS = ("busy", "draining")
+SHADOW_DROPS = ("busy", "draining", "unavailable")
 
 
 def assemble(records: Records, registry: Registry, shadow_drops: dict[str, int], now: float | None = None) -> Report:
@@ -207,7 +207,7 @@ def _disagreements(counts: Counts) -> int:
 
 def _judge(records: Records, task: Task, is_ratio_off: bool, are_labels_off: bool) -> _Judged:
     counts, experiment = records.counts, records.experiment
-    recorded = counts.n("requests") + counts.n("overrides") + counts.n("pairs")
+    recorded = counts.n("items") + counts.n("overrides") + counts.n("pairs")
     invalid = tuple(
         invalid_reasons(
             sample_ratio=is_ratio_off, label_ratio=are_labels_off, dropped=counts.n("dropped"), recorded=recorded

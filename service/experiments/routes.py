@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from service.body import read_json
+from service.deployments import Task
 from service.errors import ApiError
 from service.experiments import page
 from service.experiments.document import ExperimentPatch, ReportLine, ReportList, as_json
@@ -14,7 +15,7 @@ from service.experiments.refresh import Reports
 from service.experiments.report import line
 from service.jsonio import JSONAnswer
 from service.middleware import exchange_of
-from service.runtime import runtime_of
+from service.runtime import Runtime, runtime_of
 from service.schemas import validated
 from service.sections import Arm, ExperimentSettings
 from service.storage.events import FeedbackRefusedError, StorageUnavailableError
@@ -65,15 +66,16 @@ async def post_feedback(request: Request) -> Response:
     items, replace, place = parse_feedback(await read_json(request, runtime.settings.limits))
     if runtime.store is None:
         raise ApiError("experiment_not_found", "no experiment is configured, so labels have no use here")
-    asked = {experiment.task for experiment in runtime.settings.experiments.values()}
-    known = [task for name, task in runtime.registry.tasks.items() if name in asked]
     params = [place.format(index) for index in range(len(items))]
-    tasks = [
-        task_of(item.label, known, f"{param}.label".lstrip(".")).name for item, param in zip(items, params, strict=True)
-    ]
     key_name = exchange_of(request.scope).fields.get("key", "")
+    labels = [kept(item, key_name) for item in items]
     try:
-        result = await runtime.store.feedback([kept(item, key_name) for item in items], replace)
+        met = await asyncio.to_thread(runtime.store.experiments_of, labels)
+        tasks = [
+            task_of(item.label, _tasks(runtime, met.get(label.id or label.request_id or "")), f"{param}.label").name
+            for item, label, param in zip(items, labels, params, strict=True)
+        ]
+        result = await runtime.store.feedback(labels, replace)
     except FeedbackRefusedError as error:
         metrics.inc("feedback_total", task=tasks[error.item], outcome="conflict")
         raise ApiError(error.code, REFUSALS[error.code], params[error.item] or None) from None
@@ -82,6 +84,14 @@ async def post_feedback(request: Request) -> Response:
     for task, outcome in zip(tasks, result.outcomes, strict=True):
         metrics.inc("feedback_total", task=task, outcome=outcome)
     return JSONAnswer(feedback_document(result))
+
+
+def _tasks(runtime: Runtime, experiment: str | None) -> list[Task]:
+    """The task that gave an answer; while that is not recorded, every task with an experiment."""
+    experiments = runtime.settings.experiments
+    asked = [experiments[experiment]] if experiment in experiments else experiments.values()
+    names = {settings.task for settings in asked}
+    return [task for name, task in runtime.registry.tasks.items() if name in names]
 
 
 REFUSALS = {

@@ -105,6 +105,7 @@ class Tally:
     total, peak: sum and greatest of the values counted, where there are any. The names:
 
     requests(arm), errors(arm)      by intended arm, overrides left out; errors are 500, 503 and 504
+    items(arm)                      of those requests, by intended arm
     units(arm)                      distinct enrolled units by intended arm
     overrides                       items of requests that named a deployment
     fallbacks(arm)                  items of the intended arm that another deployment answered

@@ -238,6 +238,7 @@ class Ledger:
         if arm is None:
             self._add(TallyKey(revision, "overrides"))
             return
+        self._add(TallyKey(revision, "items", arm))
         if event.item == 0:
             self._add(TallyKey(revision, "requests", arm))
             if event.status in FAILURES:

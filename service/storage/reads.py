@@ -1,5 +1,6 @@
 """What reports read: tallies as they stand, the newest latencies and disagreements, what was seen and done."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -34,6 +35,16 @@ def tallies(connection: Connection, revision: Revision) -> list[Tally]:
     return sorted(
         (Tally(*row) for row in connection.execute(query)), key=lambda t: (t.name, t.arm, t.truth, t.predicted)
     )
+
+
+def experiments_of(connection: Connection, ids: Collection[str], request_ids: Collection[str]) -> dict[str, str]:
+    """The experiment that recorded an answer, by the answer's id and by its request's; unknown ones are absent."""
+    found: dict[str, str] = {}
+    for column, wanted in ((exposures.c.id, ids), (exposures.c.request_id, request_ids)):
+        if wanted:
+            query = select(column, exposures.c.experiment).where(column.in_(wanted)).distinct()
+            found |= {row[0]: row[1] for row in connection.execute(query)}
+    return found
 
 
 def latencies(connection: Connection, revision: Revision, arm: str, limit: int) -> Latencies:

@@ -109,6 +109,13 @@ class Store:
         with self._reading() as connection:
             return reads.tallies(connection, Revision(experiment, revision))
 
+    def experiments_of(self, items: Sequence[Feedback]) -> dict[str, str]:
+        """The experiment behind each label, by the id or request id that it names; absent while nothing is recorded."""
+        ids = {item.id for item in items if item.id is not None}
+        request_ids = {item.request_id for item in items if item.request_id is not None}
+        with self._reading() as connection:
+            return reads.experiments_of(connection, ids, request_ids)
+
     def latencies(self, experiment: str, revision: int, arm: str, limit: int = LATENCIES) -> Latencies:
         """Milliseconds per request of status 200 that the arm was meant to answer and did; overrides left out."""
         with self._reading() as connection:

@@ -26,6 +26,7 @@ RECORDED = [rule["record"] for group in read("rules.yml")["groups"] for rule in 
     [
         ("check", "rules", "rules.yml", "alerts.yml"),
         ("check", "config", "--syntax-only", "prometheus.yml"),
+        ("check", "config", "--syntax-only", "prometheus.keys.yml"),
         ("test", "rules", "rules_test.yml"),
     ],
     ids=" ".join,
@@ -57,14 +58,14 @@ def test_the_operations_page_explains_every_alert() -> None:
     assert re.findall(r"^\| `(Secateur\w+)`", page, re.MULTILINE) == [rule["alert"] for rule in ALERTS]
 
 
-def test_with_keys_the_same_job_is_scraped() -> None:
-    (without,), (with_key,) = read("scrape.yml")["scrape_configs"], read("scrape.keys.yml")["scrape_configs"]
-    assert with_key.pop("authorization") == {"credentials_file": "/run/secrets/metrics_key"}
-    assert with_key == without
+def test_with_keys_everything_else_is_the_same() -> None:
+    with_key = read("prometheus.keys.yml")
+    (job,) = with_key["scrape_configs"]
+    assert job.pop("authorization") == {"credentials_file": "/run/secrets/metrics_key"}
+    assert with_key == read("prometheus.yml")
 
 
 def test_prometheus_finds_what_compose_mounts() -> None:
     compose: Any = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
     mounted = {volume.split(":")[1] for volume in compose["services"]["prometheus"]["volumes"]}
-    config = read("prometheus.yml")
-    assert {*config["rule_files"], *config["scrape_config_files"]} <= mounted
+    assert {"/etc/prometheus/prometheus.yml", *read("prometheus.yml")["rule_files"]} <= mounted

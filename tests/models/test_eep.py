@@ -93,7 +93,7 @@ def test_labels_steer_it_as_well_as_the_parents_answers() -> None:
     job = replace(job, options={**job.options, "fitness": "accuracy", "generations": 30}, labels=labels)
     answers = Answers(job, [0, 1], np.random.default_rng(0))
     pairs = ((0, 1), (0, 2), (1, 2))
-    best = max(((a, b) for a in pairs for b in pairs), key=answers.fitness)
+    best = max(((a, b) for a in pairs for b in pairs), key=lambda genome: answers.fitness(answers.plans(genome)))
     assert tuple(kept(job).values()) == best
     assert best != ((0, 2), (1, 2))  # which answers as the parent, never right here
     with pytest.raises(PlanError, match="use fitness=agreement"):
@@ -126,18 +126,18 @@ def test_a_search_that_learnt_its_rows_by_heart_is_undone(
     answers = Answers(job, [0, 1], np.random.default_rng(0))
     assert (len(answers.held), len(answers.steering)) == (50, 150)
     assert not set(answers.held) & set(answers.steering)
-    best, worse = ((0, 2), (1, 2)), ((0, 1), (0, 1))
+    best, worse = answers.plans(((0, 2), (1, 2))), answers.plans(((0, 1), (0, 1)))
     assert answers.fitness(best)[0] == 1.0 > answers.fitness(worse)[0]
     with caplog.at_level(logging.WARNING, "secateur.pruning"):
-        assert answers.confirmed(winner=best, start=worse) == best
+        assert answers.confirmed(best, worse, "start is used") is best
         assert not caplog.records
-        assert answers.confirmed(winner=worse, start=best) == best
-        assert "gained nothing on rows held out" in caplog.text
+        assert answers.confirmed(worse, best, "start is used") is best
+        assert "gained nothing on rows held out, so the start is used" in caplog.text
     answers.wanted_NC[answers.held] = answers.wanted_NC[answers.held].roll(1, 1)
     assert answers.fitness(best)[0] == 1.0  # rows held out have no say in the search
-    assert answers.confirmed(winner=best, start=worse) == worse
-    monkeypatch.setattr(answers, "_fitness", lambda genome, rows: (0.5, float(genome == best)))
-    assert answers.confirmed(winner=best, start=worse) == worse  # more certain, but not right more often
+    assert answers.confirmed(best, worse, "start is used") is worse
+    monkeypatch.setattr(answers, "_fitness", lambda plans, rows: (0.5, float(plans is best)))
+    assert answers.confirmed(best, worse, "start is used") is worse  # more certain, but not right more often
 
 
 def test_without_rows_it_says_what_to_give() -> None:
@@ -179,7 +179,17 @@ def test_evolution_asks_each_genome_once_and_breaks_ties_by_lower_ids() -> None:
         asked.append(genome)
         return 0.0, 0.0
 
-    best = evolve(((2, 3),), ((0, 1, 2, 3),), flat, 6, 20, np.random.default_rng(0))
+    generator, free = np.random.default_rng(0), ((0, 1, 2, 3),)
+    start: Genome = ((2, 3),)
+    best = evolve(
+        start,
+        lambda genome: mutated(genome, free, generator),
+        lambda first, second: crossed(first, second, generator),
+        flat,
+        6,
+        20,
+        generator,
+    )
     assert best == ((0, 1),)
     assert len(asked) == len(set(asked)) == 6
 

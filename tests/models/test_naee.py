@@ -3,8 +3,10 @@
 Legend: S sampled tokens, E experts, D model width.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +16,11 @@ import torch
 
 from kernels import reference
 from kernels.routing import RouterPolicy
+from models.checkpoint import load_checkpoint
+from models.classifier import Classifier
 from models.errors import PlanError
+from models.pruning.apply import apply
+from models.pruning.calibrate import calibrate
 from models.pruning.method import Job
 from models.pruning.methods import naee as module
 from models.pruning.methods.naee import NAEE, KeepLoss, nearest
@@ -218,3 +224,77 @@ def test_a_job_hands_its_protected_experts_on() -> None:
     options = {option.name: option.default for option in NAEE.options}
     job = Job(cast(Any, None), {0: by_hand()}, {0: 2}, "slice", options, protect={0: (1,)})
     assert NAEE.plan(job)[0].kept == (1, 3)
+
+
+@pytest.fixture
+def three_layers(make_oracle: Callable[..., Any], write_oracle: Callable[..., Path], tmp_path: Path) -> Classifier:
+    """By a seed whose last two layers keep other experts behind pruned ones; of twelve seeds, five differ somewhere."""
+    oracle = make_oracle("qwen3_moe", seed=8, num_hidden_layers=3)
+    return load_checkpoint(write_oracle(oracle, tmp_path / "three")).model
+
+
+def job_on(parent: Classifier, sequences: list[list[int]], **options: str) -> Job:
+    """Two of four experts in every layer; every token of the rows is sampled."""
+    config = parent.config
+    found = calibrate(parent, sequences, (Sample,), seed=5)
+    stats = {
+        i: LayerStats(i, 4, config.top_k, seed=5, normalize=config.normalize_top_k, groups=found[i])
+        for i in config.moe_layers
+    }
+    keep = dict.fromkeys(config.moe_layers, 2)
+    return Job(parent, stats, keep, "slice", NAEE.read_options(options), tuple(map(tuple, sequences)))
+
+
+def best_seen_by(model: Classifier, wanted: int, sequences: list[list[int]]) -> tuple[int, ...]:
+    """The two experts of the layer whose output is nearest to all four's, on the inputs that this model gives it."""
+    losses: dict[tuple[int, ...], float] = dict.fromkeys(combinations(range(4), 2), 0.0)
+
+    def tap(layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Any, experts: Any) -> None:
+        if layer == wanted:
+            for kept in losses:
+                policy = RouterPolicy(2, normalize=model.config.normalize_top_k, slice=True)
+                table_VE = torch.tensor([[e if e in kept else -1 for e in range(4)]], dtype=torch.int32)
+                out_TD = reference.moe_ffn(x_TD.double(), reference.route(logits_TE, table_VE, policy), experts)
+                change_TD = out_TD - reference.moe_ffn(x_TD.double(), routing, experts)
+                losses[kept] += float(change_TD.norm(dim=1).sum())
+
+    with torch.inference_mode():
+        for ids in sequences:
+            model.hidden(model.pack([ids]), tap)
+    return min(losses, key=lambda kept: losses[kept])
+
+
+def test_progressive_judges_each_layer_behind_the_layers_pruned_before(
+    three_layers: Classifier, sequences: list[list[int]]
+) -> None:
+    told: list[tuple[int, int]] = []
+    job = replace(
+        job_on(three_layers, sequences, mode="progressive"), progress=lambda done, total, _: told.append((done, total))
+    )
+    plans, layerwise = NAEE.plan(job), NAEE.plan(job_on(three_layers, sequences))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    for layer in range(3):
+        before = {i: plans[i] for i in range(layer)}
+        assert plans[layer].kept == best_seen_by(apply(three_layers, before), layer, sequences)
+        assert layerwise[layer].kept == best_seen_by(three_layers, layer, sequences)
+    assert plans[0].kept == layerwise[0].kept
+    assert {i: plan.kept for i, plan in plans.items()} != {i: plan.kept for i, plan in layerwise.items()}
+
+
+def test_progressive_passes_over_layers_that_keep_all_and_keeps_the_protected(
+    three_layers: Classifier, sequences: list[list[int]]
+) -> None:
+    job = replace(job_on(three_layers, sequences, mode="progressive"), keep={0: 2, 1: 4, 2: 2})
+    for expert in range(4):
+        plans = NAEE.plan(replace(job, protect={2: (expert,)}))
+        assert set(plans) == {0, 2}
+        assert expert in plans[2].kept
+
+
+def test_progressive_says_what_it_needs(three_layers: Classifier, sequences: list[list[int]]) -> None:
+    job = job_on(three_layers, sequences, mode="progressive")
+    with pytest.raises(PlanError, match="--data FILE"):
+        NAEE.plan(replace(job, sequences=()))
+    assert set(NAEE.plan(replace(job, sequences=(), keep={0: 2, 1: 4, 2: 4}))) == {0}  # which the sample is enough for
+    with pytest.raises(PlanError, match="keep as many, or use mode=layerwise"):
+        NAEE.plan(replace(job, keep={0: 1, 1: 1, 2: 1}))

@@ -1,11 +1,12 @@
-"""EEP: evolve keep-sets by how well the whole pruned model answers. arXiv 2407.00945.
+"""EEP: evolve keep-sets by how well the whole pruned model answers, then what is merged into them. arXiv 2407.00945.
 
-Legend: N calibration rows, C classes.
+Legend: N calibration rows, C classes, K experts after, E experts before.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from models.errors import PlanError
 from models.pruning.apply import apply
 from models.pruning.method import Job, Method, Option
 from models.pruning.methods.scores import METHODS as SCORES
-from models.pruning.plan import LayerPlan, keep_best
+from models.pruning.plan import FloatArray, LayerPlan, keep_best
 from models.pruning.stats import Core
 
 MAX_ROWS = 512
@@ -25,12 +26,17 @@ MAX_ROWS = 512
 HELD_OUT = 4
 MIN_ROWS_TO_SPLIT = 16
 BATCH_TOKENS = 4096
+# Standard deviation of what a mutation adds to the shares in a merge.
+NOISE = 0.05
 
 INITIAL = {method.name: method.score for method in SCORES if method.score is not None}
 log = logging.getLogger("secateur.pruning")
 
 # Per cut layer, the ids that are kept beside the protected ones, ascending.
 Genome = tuple[tuple[int, ...], ...]
+# Per cut layer, the rows of mix [K, E]: what of each old expert goes into each new one.
+Mixes = tuple[tuple[tuple[float, ...], ...], ...]
+G = TypeVar("G", Genome, Mixes)
 # Share of rows answered as wanted, then the mean log-likelihood of what is wanted, which tells equals apart.
 Fitness = tuple[float, float]
 
@@ -47,28 +53,100 @@ def eep(job: Job) -> dict[int, LayerPlan]:
     can be worse on new rows than `init`, held-out rows or not.
 
     This is the paper's first phase, whose one-hot map of router probabilities is `slice` where gates are renormalised.
-    The second phase, which evolves weighted expert merges with a weighted map, is left out: no router of these families
-    can carry such a map, so its result could be measured but neither stored nor served.
-    Raises PlanError without rows, without their labels under accuracy, or for a population below 1.
+    merge_generations adds the second: rows of the expert merging matrix, one-hot so far, are moved by Gaussian noise, so
+    that cut experts and other kept ones flow into each kept one. Noise takes from a row what it gives to it (its sum
+    stays 1) and never makes another expert the row's greatest; protected experts take and give nothing. The merge
+    too must be right more often than what it started from on the rows held out, else it is dropped. The router map
+    stays one-hot, while the paper evolves it too: no router of these families can carry a weighted map of its
+    probabilities, so such a result could be measured but neither stored nor served.
+    Raises PlanError without rows, without their labels under accuracy, for a population below 1, or for fewer
+    generations than none.
     """
     layers = [i for i, stats in job.stats.items() if job.keep[i] < stats.num_experts]
     if not layers:
         return {}
-    if job.options["population"] < 1:
-        raise PlanError(f"population is {job.options['population']}, must be at least 1")
+    for name, least in (("population", 1), ("generations", 0), ("merge_generations", 0)):
+        if job.options[name] < least:
+            raise PlanError(f"{name.replace('_', '-')} is {job.options[name]}, must be at least {least}")
     generator = np.random.default_rng(job.seed)
     answers = Answers(job, layers, generator)
     start = tuple(_initial(job, layer, generator) for layer in layers)
+    free = tuple(_free(job, layer) for layer in layers)
     winner = evolve(
         start,
-        tuple(_free(job, layer) for layer in layers),
-        answers.fitness,
+        lambda genome: mutated(genome, free, generator),
+        lambda first, second: crossed(first, second, generator),
+        lambda genome: answers.fitness(answers.plans(genome)),
         job.options["population"],
         job.options["generations"],
         generator,
         lambda done, total: job.progress(done, total, "evolving keep-sets"),
     )
-    return answers.plans(answers.confirmed(winner, start))
+    pruned = answers.plans(start)
+    if winner != start:
+        pruned = answers.confirmed(answers.plans(winner), pruned, "keep-sets of init are used")
+    if not job.options["merge_generations"]:
+        return pruned
+    return _merged(job, layers, answers, pruned, generator)
+
+
+def _merged(
+    job: Job,
+    layers: Sequence[int],
+    answers: "Answers",
+    pruned: dict[int, LayerPlan],
+    generator: np.random.Generator,
+) -> dict[int, LayerPlan]:
+    """The second phase, from the first's keep-sets."""
+    start: Mixes = tuple(tuple(map(tuple, pruned[layer].mix_KE.tolist())) for layer in layers)
+    free = tuple(_free(job, layer) for layer in layers)
+
+    def plans(mixes: Mixes) -> dict[int, LayerPlan]:
+        return {layer: merging(pruned[layer], np.array(mix_KE)) for layer, mix_KE in zip(layers, mixes, strict=True)}
+
+    winner = evolve(
+        start,
+        lambda mixes: noised(mixes, free, generator),
+        lambda first, second: _rows_of_either(first, second, generator),
+        lambda mixes: answers.fitness(plans(mixes)),
+        job.options["population"],
+        job.options["merge_generations"],
+        generator,
+        lambda done, total: job.progress(done, total, "evolving merges"),
+    )
+    return pruned if winner == start else answers.confirmed(plans(winner), pruned, "merges are dropped")
+
+
+def merging(pruned: LayerPlan, mix_KE: FloatArray) -> LayerPlan:
+    """The plan with other experts in the kept ones' places; the router chooses as it did."""
+    router_mix_KE = pruned.mix_KE if pruned.semantics == "slice" else None
+    return replace(pruned, mix_KE=mix_KE, router_mix_KE=router_mix_KE)
+
+
+def noised(mixes: Mixes, free: Genome, generator: np.random.Generator) -> Mixes:
+    """Noise on one row of a random layer; with probability 1/2 on another, and so on. Its sum and its greatest stay."""
+    layers = [np.array(mix_KE) for mix_KE in mixes]
+    for _ in range(generator.geometric(0.5)):
+        layer = generator.integers(len(layers))
+        own_K = layers[layer].argmax(1)
+        open_rows = np.flatnonzero(np.isin(own_K, free[layer]))
+        if not open_rows.size:
+            continue
+        row = open_rows[generator.integers(open_rows.size)]
+        change_E = np.zeros(layers[layer].shape[1])
+        change_E[list(free[layer])] = generator.normal(0.0, NOISE, len(free[layer]))
+        change_E[own_K[row]] -= change_E.sum()
+        new_E = layers[layer][row] + change_E
+        if new_E.argmax() == own_K[row]:
+            layers[layer][row] = new_E
+    return tuple(tuple(map(tuple, mix_KE.tolist())) for mix_KE in layers)
+
+
+def _rows_of_either(first: Mixes, second: Mixes, generator: np.random.Generator) -> Mixes:
+    return tuple(
+        tuple(a if generator.random() < 0.5 else b for a, b in zip(one, other, strict=True))
+        for one, other in zip(first, second, strict=True)
+    )
 
 
 class Answers:
@@ -94,20 +172,23 @@ class Answers:
         held = len(order) // HELD_OUT if len(order) >= MIN_ROWS_TO_SPLIT else 0
         self.held, self.steering = order[:held], order[held:]
 
-    def fitness(self, genome: Genome) -> Fitness:
-        return self._fitness(genome, self.steering)
+    def fitness(self, plans: dict[int, LayerPlan]) -> Fitness:
+        return self._fitness(plans, self.steering)
 
-    def confirmed(self, winner: Genome, start: Genome) -> Genome:
+    def confirmed(
+        self, winner: dict[int, LayerPlan], start: dict[int, LayerPlan], otherwise: str
+    ) -> dict[int, LayerPlan]:
         """The winner, or `start` where the winner answers no more of the rows held out."""
-        if not self.held or winner == start:
+        if not self.held:
             return winner
-        before, after = (self._fitness(genome, self.held) for genome in (start, winner))
+        before, after = (self._fitness(plans, self.held) for plans in (start, winner))
         name = self.job.options["fitness"]
-        log.info("eep: %s on %d rows held out: %.4f, init %.4f", name, len(self.held), after[0], before[0])
+        log.info("eep: %s on %d rows held out: %.4f, at the start %.4f", name, len(self.held), after[0], before[0])
         if after[0] <= before[0]:
             log.warning(
-                "eep: evolution gained nothing on rows held out, so the keep-sets of init are used: "
-                "give more rows, best such that the parent was not trained on"
+                "eep: evolution gained nothing on rows held out, so the %s: "
+                "give more rows, best such that the parent was not trained on",
+                otherwise,
             )
             return start
         return winner
@@ -123,9 +204,9 @@ class Answers:
             logits_NC[indices] = model.classify([sequences[i] for i in indices]).logits_BC
         return logits_NC
 
-    def _fitness(self, genome: Genome, rows: Sequence[int]) -> Fitness:
+    def _fitness(self, plans: dict[int, LayerPlan], rows: Sequence[int]) -> Fitness:
         # Whether fewer experts than top-k may stay was settled before there was a job.
-        logits_NC = self.logits(apply(self.job.parent, self.plans(genome), allow_lower_k=True), rows)
+        logits_NC = self.logits(apply(self.job.parent, plans, allow_lower_k=True), rows)
         wanted_NC = self.wanted_NC[rows]
         is_right_N = logits_NC.argmax(1) == wanted_NC.argmax(1)
         likelihood_N = (wanted_NC * torch.log_softmax(logits_NC.double(), 1)).sum(1)
@@ -133,34 +214,34 @@ class Answers:
 
 
 def evolve(
-    start: Genome,
-    free: Genome,
-    fitness: Callable[[Genome], Fitness],
+    start: G,
+    mutate: Callable[[G], G],
+    cross: Callable[[G, G], G],
+    fitness: Callable[[G], Fitness],
     population: int,
     generations: int,
     generator: np.random.Generator,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> Genome:
-    """The fittest genome found; free: the experts of each layer to choose from. No genome is tried twice. Ties keep
-    the lower ids."""
+) -> G:
+    """The fittest genome found. No genome is tried twice. Ties keep the lower ids."""
     fitness_of = {start: fitness(start)}
 
-    def ranked() -> list[Genome]:
+    def ranked() -> list[G]:
         order = sorted(fitness_of, key=lambda genome: (*(-value for value in fitness_of[genome]), genome))
         return order[:population]
 
-    def add(child: Genome) -> None:
+    def add(child: G) -> None:
         if child not in fitness_of:
             fitness_of[child] = fitness(child)
 
     for _ in range(population - 1):
-        add(mutated(start, free, generator))
+        add(mutate(start))
     for generation in range(generations):
         parents = ranked()
         for _ in range(max(1, population // 2)):
             # The better of two drawn at random, twice.
             first, second = (parents[generator.integers(len(parents), size=2).min()] for _ in range(2))
-            add(mutated(crossed(first, second, generator), free, generator))
+            add(mutate(cross(first, second)))
         progress(generation + 1, generations)
     return ranked()[0]
 
@@ -222,6 +303,7 @@ EEP = Method(
     options=(
         Option("population", 32, "keep-sets that survive each generation"),
         Option("generations", 50, "rounds of half a population of children"),
+        Option("merge_generations", 0, "rounds that merge other experts into the kept ones; 0 leaves them as they are"),
         Option("init", "task-mass", "the method whose keep-sets evolution starts from", (*INITIAL, "random")),
         Option("fitness", "accuracy", "share of right answers, or of the parent's answers", ("accuracy", "agreement")),
     ),

@@ -5,6 +5,7 @@ of its router logits. With at most E - keep experts hidden, no token looks furth
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
 
@@ -13,6 +14,8 @@ import numpy.typing as npt
 
 from models.config import Semantics
 from models.errors import PlanError
+from models.pruning.apply import apply
+from models.pruning.calibrate import calibrate
 from models.pruning.method import Job, Method, Option
 from models.pruning.plan import FloatArray, IntArray, LayerPlan, keep_best
 from models.pruning.stats import LayerStats, Sample
@@ -35,15 +38,47 @@ def naee(job: Job) -> dict[int, LayerPlan]:
     token each, or the whole sample as one batch; the sample does not remember the paper's batches of one text.
     search=auto: every keep-set if there are at most 20,000, else experts are taken away one at a time, always the one
     that is missed least, and then each kept one is exchanged once for the cut one that helps most, if any does.
-    sampled: the best of `subsets` random ones, as published for wide layers. Each layer is judged on the inputs it has
-    in the unpruned model; the paper's progressive mode, where later layers see earlier ones pruned, is left out.
-    Raises PlanError without sampled tokens, or where more experts are protected than may stay.
+    sampled: the best of `subsets` random ones, as published for wide layers. mode=layerwise judges each layer on the
+    inputs it has in the unpruned model; progressive on those that come through the layers before as pruned, which
+    costs a pass over the rows for each layer but the first.
+    The paper also skips a token's second expert while serving, where g2 < beta g1 with beta the layer's median of
+    g2 / g1. That is left out: beta is a number per layer, found on data, which a checkpoint, the router's policy and
+    the routes of all backends would have to carry, and what it saves depends on the request, so that no size or count
+    of operations that we report would change.
+    Raises PlanError without sampled tokens, where more experts are protected than may stay, and for progressive without
+    rows or with fewer experts than a token chooses.
     """
-    return {
-        layer: nearest(stats, job.keep[layer], job.semantics, job.protect.get(layer, ()), **job.options)
-        for layer, stats in job.stats.items()
-        if job.keep[layer] < stats.num_experts
-    }
+    layers = [layer for layer, stats in job.stats.items() if job.keep[layer] < stats.num_experts]
+    options = {name: value for name, value in job.options.items() if name != "mode"}
+    is_progressive = job.options["mode"] == "progressive"
+    if is_progressive:
+        _refuse_progressive(job, layers)
+    plans: dict[int, LayerPlan] = {}
+    for number, layer in enumerate(layers, start=1):
+        stats = job.stats[layer]
+        if is_progressive and plans:
+            stats = _sampled_anew(job, plans, stats)
+        plans[layer] = nearest(stats, job.keep[layer], job.semantics, job.protect.get(layer, ()), **options)
+        if is_progressive:
+            job.progress(number, len(layers), "searching layer by layer")
+    return plans
+
+
+def _refuse_progressive(job: Job, layers: list[int]) -> None:
+    if len(layers) > 1 and not job.sequences:
+        raise PlanError("naee: mode=progressive runs the rows through pruned layers: give --data FILE")
+    for layer in layers:
+        if job.keep[layer] < job.stats[layer].top_k:
+            raise PlanError(
+                f"naee: mode=progressive runs models with some layers pruned, where tokens still choose "
+                f"{job.stats[layer].top_k} experts: keep as many, or use mode=layerwise"
+            )
+
+
+def _sampled_anew(job: Job, plans: Mapping[int, LayerPlan], stats: LayerStats) -> LayerStats:
+    """The layer's sample of the same tokens, as they arrive through the layers planned so far."""
+    model, size = apply(job.parent, plans), stats.need(Sample).size
+    return stats.having(*calibrate(model, job.sequences, (Sample,), seed=stats.seed, sample=size)[stats.layer])
 
 
 def nearest(
@@ -175,5 +210,11 @@ NAEE = Method(
         Option("search", "auto", "exhaustive or greedy by size (auto), or random keep-sets", ("auto", "sampled")),
         Option("subsets", 100_000, "how many random keep-sets search=sampled tries"),
         Option("norm", "token", "sum the change per token, or take it over the whole sample", ("token", "sample")),
+        Option(
+            "mode",
+            "layerwise",
+            "judge layers on the unpruned model's inputs, or with the layers before as pruned",
+            ("layerwise", "progressive"),
+        ),
     ),
 )

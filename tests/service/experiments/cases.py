@@ -34,6 +34,7 @@ def pair_tallies(both_right: int, b: int, c: int, both_wrong: int, *, disagree: 
         tally("pairs", n - disagree, predicted="agree"),
         tally("pairs", disagree, predicted="disagree"),
         tally("requests", n, FULL),
+        tally("items", n, FULL),
     ]
 
 
@@ -41,7 +42,7 @@ def split_tallies(right_1: int, n_1: int, right_0: int, n_0: int) -> list[Tally]
     """Labelled units of a split: index 1 is the candidate."""
     found = []
     for arm, right, n in ((PRUNED, right_1, n_1), (FULL, right_0, n_0)):
-        found += [tally(name, n, arm) for name in ("requests", "units", "labelled")]
+        found += [tally(name, n, arm) for name in ("requests", "items", "units", "labelled")]
         found.append(tally("right", right, arm))
     return found
 

@@ -130,6 +130,15 @@ def test_labels_that_no_task_has(harness: Harness, label: Any, code: str) -> Non
     assert error["param"].startswith("items[1].label")
 
 
+@pytest.mark.parametrize(("task", "label"), [("mood", ["art"]), ("topics", "negative")])
+def test_a_label_of_another_task_is_refused_once_the_answer_is_known(harness: Harness, task: str, label: Any) -> None:
+    id = answered(harness, "0 2", task=task)
+    refused = send_labels(harness, [{"id": id, "label": label}])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "unknown_label")
+    # Nobody knows yet which task this one is of.
+    assert send_labels(harness, [{"id": f"cls_of_{task}", "label": label}]).status_code == 200
+
+
 BAD = {
     "no label": ({"id": "a"}, "missing_field", "label"),
     "no id": ({"label": "negative"}, "missing_field", None),

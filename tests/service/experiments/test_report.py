@@ -321,7 +321,7 @@ def test_shadow_drops_come_from_the_lanes_own_counter() -> None:
     metrics = Metrics()
     metrics.inc("shadow_dropped_total", 41, experiment="exp", reason="busy")
     metrics.inc("shadow_dropped_total", 7, experiment="other", reason="busy")
-    assert shadow_dropped(metrics, "exp") == {"busy": 41, "draining": 0}
+    assert shadow_dropped(metrics, "exp") == {"busy": 41, "draining": 0, "unavailable": 0}
 
 
 def test_moments_are_in_utc() -> None:

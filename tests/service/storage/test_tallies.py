@@ -39,6 +39,7 @@ def test_requests_errors_fallbacks_and_overrides(store: Store, metrics: Metrics)
         Tally("device_ms", "small", "", "", 1, 4.0),
         Tally("errors", "small", "", "", 3),
         Tally("fallbacks", "small", "", "", 1),
+        Tally("items", "small", "", "", 7),
         Tally("overrides", "", "", "", 1),
         Tally("requests", "small", "", "", 6),
         Tally("units", "small", "", "", 6),
@@ -101,6 +102,7 @@ def test_labelled_pairs_of_a_shadow(store: Store, control: str, candidate: str |
     assert send(store, label("a"), label("b")) == ("matched", "matched")
     found = counts(store.tallies("e", 1))
     expected = {
+        ("items", "full", "", ""): 1,
         ("requests", "full", "", ""): 1,
         ("units", "full", "", ""): 1,
         ("device_ms", "small", "", ""): 0,
@@ -290,6 +292,7 @@ class Recount:
             if row.source == "override":
                 yield "overrides", "", "", ""
         for row in enrolled:
+            yield "items", row.intended, "", ""
             if row.item == 0:
                 yield "requests", row.intended, "", ""
                 if row.status == 503:
@@ -389,3 +392,12 @@ def test_any_order_of_arrival_gives_the_counts_of_the_rows(
     assert {tally.arm: tally.total for tally in tallies if tally.name == "device_ms"} == {
         arm: total for arm, total in spent.items() if ("device_ms", arm, "", "") in recount.counts()
     }
+
+
+def test_which_experiment_recorded_an_answer(store: Store, metrics: Metrics) -> None:
+    store.record(exposure("a", request_id="asked"))
+    store.record(exposure("b", experiment="other"))
+    found = flushed(store, metrics).experiments_of([label("a"), label("b"), label("c")])
+    assert found == {"a": "e", "b": "other"}
+    by_request = Feedback(None, "asked", 0, "yes")
+    assert store.experiments_of([by_request]) == {"asked": "e"}
