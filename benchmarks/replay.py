@@ -48,6 +48,8 @@ LOADED = "deployment is ready"
 # Rows in one go; then the shadow catches up, so that none of its items is dropped.
 CHUNK = 64
 PATIENCE_SECONDS = 120
+# Records are written within .2 s, and a report is kept for 2 s.
+SETTLE_SECONDS = 3
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def compare(
     began = time.monotonic()
     variants = send_all(address, task, name, rows)
     seconds = time.monotonic() - began
+    time.sleep(SETTLE_SECONDS)
     report = get_json(address, f"/experiments/{name}")
     page = get(address, f"/experiments/{name}?format=html").decode()
     command = [sys.executable, "-m", "service", "report", name, "--url", f"http://{address}", "--json"]

@@ -30,6 +30,9 @@ class TrainConfig:
                                        of the text.
     shift                              of an image: moved by up to so many pixels in each direction.
     distill, temperature               with a teacher: weight of matching its probabilities, both softened by this.
+    expert_distill                     with a teacher of as many experts: weight of matching each expert's outputs, times
+                                       the ratio of cross-entropy to that loss at the start (MoE-Pruner, arXiv
+                                       2410.12013, which takes 1).
     routers                            trained, or frozen; auto freezes them where rows share experts (`tie`), as M-SMoE
                                        does (arXiv 2310.01334), and nowhere else.
     freeze_constants                   leave the vectors that stand in for cut experts as they are.
@@ -61,6 +64,7 @@ class TrainConfig:
     shift: int = 0
     distill: float = 1.0
     temperature: float = 2.0
+    expert_distill: float = 0.0
     routers: Literal["auto", "frozen", "trained"] = "auto"
     freeze_constants: bool = False
     router_entropy: float = 0.0
@@ -90,6 +94,7 @@ NOT_NEGATIVE = (
     "balance_loss",
     "domain_loss",
     "distill",
+    "expert_distill",
     "router_entropy",
     "final_top_k",
     "shift",
@@ -179,7 +184,7 @@ VISION_SIZES: Mapping[str, VisionSize] = {
 
 
 # What a stage does not read; setting it in a file is an error instead of a silent nothing.
-RECOVERY_ONLY = frozenset({"routers", "freeze_constants", "final_top_k"})
+RECOVERY_ONLY = frozenset({"expert_distill", "routers", "freeze_constants", "final_top_k"})
 PRETRAIN_UNREAD = RECOVERY_ONLY | {
     "head_dropout",
     "label_smoothing",

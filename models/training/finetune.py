@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from models.checkpoint import Checkpoint, Encoder, load_checkpoint, save_checkpoint, source_of
-from models.classifier import Classifier, MoELayer
+from models.classifier import Classifier, Experts, MoELayer
 from models.config import Pooling
 from models.dataset import Row, describe, label_ids, read_rows, split_rows
 from models.errors import CheckpointError, ConfigError, DataError
@@ -28,12 +28,16 @@ from models.training.augment import ImageNoise, Noised, TextNoise, TokenSplitter
 from models.training.config import TrainConfig
 from models.training.initial import fresh_head
 from models.training.loop import Step, train, training_device
-from models.training.losses import RouterTap, balance_loss, distillation_loss, router_entropy
+from models.training.losses import ExpertTap, RouterTap, balance_loss, distillation_loss, router_entropy
 from models.training.noise import Dropout
 
 
 class Classification:
-    """Cross-entropy on noised texts or images, plus a teacher's probabilities on the same ones if there is one."""
+    """Cross-entropy on noised texts or images, plus a teacher's probabilities on the same ones if there is one, and its
+    experts' outputs if config.expert_distill asks for them.
+
+    Raises CheckpointError for a teacher whose experts are not the model's, one by one.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,26 @@ class Classification:
         self.config = config
         self.teacher = teacher
         self.top_k = model.config.top_k
+        self.teachers: dict[int, Experts] = {}
+        self.expert_weight = 0.0
+        if config.expert_distill and teacher is not None:
+            self.teachers = matching_experts(model, teacher)
+            self.expert_weight = config.expert_distill * self._starting_ratio()
+
+    @torch.no_grad()
+    def _starting_ratio(self) -> float:
+        """Cross-entropy over the experts' loss on a first batch without noise, 0 if experts are their teachers'.
+
+        Taken when the objective is made, so that a resumed run, whose weights come later, gets the same.
+        """
+        count, tokens = 0, 0
+        while count < len(self.items) and (not count or tokens + len(self.items[count]) <= self.config.batch_tokens):
+            tokens, count = tokens + len(self.items[count]), count + 1
+        batch, tap = self.model.pack(self.items[:count]), ExpertTap(self.teachers)
+        logits_BC = self.model.head(self.model.pooled(self.model.hidden(batch, tap), batch))
+        wrong = float(F.cross_entropy(logits_BC.float(), self.label_N[:count].to(self.model.device)))
+        apart = float(tap.loss)
+        return wrong / apart if apart > 0 else 0.0
 
     def epoch(self, generator: np.random.Generator) -> list[tuple[int, Any]]:
         return [(row, self.noised(item, generator)) for row, item in enumerate(self.items)]
@@ -59,7 +83,8 @@ class Classification:
         c = self.config
         if c.final_top_k:
             set_top_k(self.model, annealed(self.top_k, c.final_top_k, step.share))
-        batch, tap = self.model.pack(step.sequences), RouterTap()
+        tap = ExpertTap(self.teachers) if self.teachers else RouterTap()
+        batch = self.model.pack(step.sequences)
         x_TD = self.model.hidden(batch, tap, noise=Dropout(batch, c.dropout, c.path_dropout))
         logits_BC = self.model.head(F.dropout(self.model.pooled(x_TD, batch), c.head_dropout))
         label_B = self.label_N[list(step.rows)].to(self.model.device)
@@ -72,7 +97,28 @@ class Classification:
             with torch.no_grad():
                 teacher_BC = self.teacher.classify(step.sequences).logits_BC.clone().to(self.model.device)
             loss = loss + c.distill * distillation_loss(logits_BC, teacher_BC, c.temperature)
+        if isinstance(tap, ExpertTap):
+            loss = loss + self.expert_weight * tap.loss
         return loss
+
+
+def matching_experts(model: Classifier, teacher: Classifier) -> dict[int, Experts]:
+    """The teacher's experts by layer. Raises CheckpointError unless each has a counterpart in the model."""
+    found: dict[int, Experts] = {}
+    for index in model.config.moe_layers:
+        own = model.layers[index]
+        other = teacher.layers[index] if index < len(teacher.layers) else None
+        assert isinstance(own, MoELayer)
+        if not isinstance(other, MoELayer) or other.shape.num_experts != own.shape.num_experts:
+            count = other.shape.num_experts if isinstance(other, MoELayer) else 0
+            raise CheckpointError(
+                f"expert_distill matches experts one by one, but layer {index} has {own.shape.num_experts} and the "
+                f"teacher's {count}: leave it out, or prune by a method that keeps all experts, such as moe-pruner"
+            )
+        if (model.config.width, model.config.vision is None) != (teacher.config.width, teacher.config.vision is None):
+            raise CheckpointError("expert_distill needs a teacher of the same family and width")
+        found[index] = other.experts
+    return found
 
 
 def annealed(top_k: int, final: int, share: float) -> int:
@@ -136,7 +182,7 @@ def recover(
     Texts are cut at the length of the checkpoint if config.max_tokens is greater. teacher: usually the unpruned parent.
     Rows that share an expert train it together, constants train like experts; what is frozen keeps its bits. The
     manifest keeps the record of the pruning and adds that of the recovery. Raises ConfigError if config.final_top_k is
-    not below the checkpoint's top-k.
+    not below the checkpoint's top-k, and for config.expert_distill without a teacher.
     """
     _refuse_existing(out)
     start = load_checkpoint(checkpoint, dtype="float32")
@@ -146,6 +192,8 @@ def recover(
         )
     train_rows, dev_rows = split_rows(read_rows(data), config.seed)
     config = replace(config, max_tokens=min(config.max_tokens, start.encoder.max_tokens))
+    if config.expert_distill and teacher is None:
+        raise ConfigError("expert_distill compares experts with a teacher's: give --teacher DIR")
     if config.final_top_k and config.final_top_k >= start.model.config.top_k:
         chosen = start.model.config.top_k
         raise ConfigError(f"final_top_k is {config.final_top_k}, must be below the {chosen} that tokens choose now")

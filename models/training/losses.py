@@ -1,9 +1,17 @@
-"""Losses on routers, and distillation. Legend: T tokens, E experts, B texts, C classes, G corpora, L layers."""
+"""Losses on routers, and distillation.
+
+Legend: T tokens, K chosen experts per token, E experts, P physical experts, D model width, R rows given to one expert,
+B texts, C classes, G corpora, L layers.
+"""
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import reference
+from kernels.compressed import CompressedExperts
 from kernels.routing import Routing
 from models.classifier import Experts
 
@@ -20,6 +28,61 @@ class RouterTap:
     ) -> None:
         self.probability_TE.append(torch.softmax(logits_TE.float(), dim=-1))
         self.slot_TK.append(routing.slot_TK)
+
+
+class ExpertTap(RouterTap):
+    """Collects, per layer, how far the experts are from their teachers'. teachers: those of each layer."""
+
+    def __init__(self, teachers: Mapping[int, Experts]) -> None:
+        super().__init__()
+        self.teachers = teachers
+        self.losses: list[torch.Tensor] = []
+
+    def __call__(
+        self, layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Routing, experts: Experts
+    ) -> None:
+        super().__call__(layer, x_TD, logits_TE, routing, experts)
+        self.losses.append(expert_loss(x_TD, routing.slot_TK, experts, self.teachers[layer]))
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Sum over layers."""
+        return torch.stack(self.losses).sum()
+
+
+def expert_loss(x_TD: torch.Tensor, slot_TK: torch.Tensor, student: Experts, teacher: Experts) -> torch.Tensor:
+    """Sum over experts of the mean squared difference between its outputs and its teacher's (arXiv 2410.12013).
+
+    Both run on the tokens that the student's router sends to the expert, and on what enters the student's layer, which
+    gets no gradient: which inputs the paper takes was not to be found. Experts without tokens add nothing.
+    """
+    terms = [x_TD.new_zeros(())]
+    for expert in range(count_experts(student)):
+        x_RD = x_TD.detach()[(slot_TK == expert).any(1)]
+        if len(x_RD):
+            with torch.no_grad():
+                wanted_RD = _run(teacher, x_RD, expert)
+            terms.append(F.mse_loss(_run(student, x_RD, expert), wanted_RD))
+    return torch.stack(terms).sum()
+
+
+def _run(experts: Experts, x_RD: torch.Tensor, expert: int) -> torch.Tensor:
+    """One expert's outputs before any gate: [R, D] -> [R, D]."""
+    if isinstance(experts, CompressedExperts):
+        return experts.run(x_RD, expert, reference.linear)
+    b_in_PG, b_out_PD = experts.b_in_PG, experts.b_out_PD
+    h_RF = reference.expert_in(
+        x_RD,
+        experts.w_in_PGD[expert],
+        None if b_in_PG is None else b_in_PG[expert],
+        experts.activation,
+        experts.gated,
+    )
+    return reference.expert_out(h_RF, experts.w_out_PDF[expert], None if b_out_PD is None else b_out_PD[expert])
+
+
+def count_experts(experts: Experts) -> int:
+    return experts.num_experts if isinstance(experts, CompressedExperts) else len(experts.w_in_PGD)
 
 
 def balance_loss(tap: RouterTap) -> torch.Tensor:

@@ -5,7 +5,7 @@ Legend: T tokens, E experts.
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,8 +16,22 @@ from kernels.routing import RouterPolicy
 from models.config import LayerShape, ModelConfig
 from models.decoder import DecoderLayer, MoEClassifier
 from models.errors import PlanError
+from models.pruning.apply import apply
+from models.pruning.guards import is_alone
 from models.pruning.method import Job
-from models.pruning.methods.eep import EEP, Answers, Genome, crossed, evolve, mutated
+from models.pruning.methods.eep import (
+    EEP,
+    Answers,
+    Genome,
+    Mixes,
+    crossed,
+    evolve,
+    merging,
+    mutated,
+    noised,
+    rows_of_either,
+)
+from models.pruning.plan import keep_best
 from models.pruning.stats import Core, LayerStats
 
 OPTIONS = {option.name: option.default for option in EEP.options}
@@ -207,3 +221,112 @@ def test_a_one_hot_router_map_is_slice_if_gates_are_renormalised(normalize: bool
     routing = reference.route(logits_TE, table_VE, RouterPolicy(2, normalize=normalize, slice=True))
     assert routing.slot_TK.tolist() == row_TK.tolist()
     assert bool((routing.weight_TK - gate_TK).abs().max() < 1e-6) is is_slice
+
+
+KEPT_1_AND_3: Mixes = (((0, 1, 0, 0), (0, 0, 0, 1)),)
+
+
+def test_noise_keeps_sums_owners_and_the_protected() -> None:
+    generator = np.random.default_rng(0)
+    mixes, changed = KEPT_1_AND_3, set()
+    for _ in range(400):
+        before, mixes = mixes, noised(mixes, ((0, 2, 3),), generator)
+        (mix_KE,) = mixes
+        assert np.array(mix_KE).sum(1) == pytest.approx([1, 1], abs=1e-12)
+        assert np.array(mix_KE).argmax(1).tolist() == [1, 3]
+        assert mix_KE[0] == KEPT_1_AND_3[0][0]  # expert 1 is protected: it takes nothing
+        assert mix_KE[1][1] == 0  # nor gives
+        changed |= {e for e in range(4) if mix_KE[1][e] != before[0][1][e]}
+    assert changed == {0, 2, 3}
+    assert min(mixes[0][1]) < 0  # shares may be negative
+    assert noised(KEPT_1_AND_3, ((),), generator) == KEPT_1_AND_3
+    near: Mixes = (((0.24, 0.26, 0.25, 0.25),),)  # where most noise would make another the greatest
+    moved = {noised(near, ((0, 1, 2, 3),), generator) for _ in range(50)}
+    assert len(moved) > 1
+    assert {int(np.array(mixes[0]).argmax()) for mixes in moved} == {1}
+
+
+def test_children_have_each_row_from_either_parent() -> None:
+    other: Mixes = (((0.2, 0.8, 0, 0), (0, 0.1, 0, 0.9)),)
+    found = {rows_of_either(KEPT_1_AND_3, other, np.random.default_rng(seed)) for seed in range(30)}
+    assert found == {((a, b),) for a in (KEPT_1_AND_3[0][0], other[0][0]) for b in (KEPT_1_AND_3[0][1], other[0][1])}
+
+
+def test_evolution_of_merges_nears_a_known_optimum() -> None:
+    target_KE, generator = np.array([[0.3, 0.6, 0.1, 0.0], [-0.1, 0.2, 0.2, 0.7]]), np.random.default_rng(0)
+
+    def distance(mixes: Mixes) -> float:
+        return float(np.abs(np.array(mixes[0]) - target_KE).sum())
+
+    best = evolve(
+        KEPT_1_AND_3,
+        lambda mixes: noised(mixes, ((0, 1, 2, 3),), generator),
+        lambda first, second: rows_of_either(first, second, generator),
+        lambda mixes: (-distance(mixes), 0.0),
+        16,
+        80,
+        generator,
+    )
+    assert distance(KEPT_1_AND_3) == pytest.approx(1.6)
+    assert distance(best) < 0.2  # .08 when written
+
+
+@pytest.mark.parametrize("semantics", ["zero", "slice"])
+def test_a_merge_changes_experts_and_not_what_the_router_means(semantics: Any) -> None:
+    """By hand: 3/4 of expert 0 and 1/4 of expert 1, and 5/4 of expert 2 less 1/4 of expert 0."""
+    model = toy_model()
+    pruned = keep_best([2, 0, 1], 2, semantics)
+    plan = merging(pruned, np.array([[0.75, 0.25, 0.0], [-0.25, 0.0, 1.25]]))
+    models = (model, apply(model, {1: plan}), apply(model, {1: pruned}))
+    old, new, cut = (cast(DecoderLayer, m.layers[1]) for m in models)
+    for name in ("w_in_PGD", "w_out_PDF"):
+        w_E, merged_K = getattr(old, name), getattr(new, name)
+        torch.testing.assert_close(merged_K[0], 0.75 * w_E[0] + 0.25 * w_E[1])
+        torch.testing.assert_close(merged_K[1], 1.25 * w_E[2] - 0.25 * w_E[0])
+    assert torch.equal(new.w_router_ED, cut.w_router_ED)
+    assert torch.equal(new.table_VE, cut.table_VE)
+    assert plan.kept == (0, 2)
+
+
+def merge_job(rows: int = 12, **changes: Any) -> Job:
+    """Keep-sets are given by what is protected and the seed."""
+    job = toy_job(rows=rows, keep={0: 2, 1: 2}, **changes)
+    return replace(job, options={**job.options, "generations": 0, "population": 8, "init": "random"})
+
+
+@pytest.mark.parametrize("semantics", ["zero", "slice"])
+def test_the_second_phase_answers_better_than_the_first(semantics: Any) -> None:
+    job = merge_job(semantics=semantics, protect={0: (1,), 1: (0,)})  # so that the useless experts stay
+    told: list[tuple[int, int, str]] = []
+    on = {**job.options, "merge_generations": 15}
+    pruned, merged = EEP.plan(job), EEP.plan(replace(job, options=on, progress=lambda *args: told.append(args)))
+    answers = Answers(job, [0, 1], np.random.default_rng(0))
+    assert answers.fitness(merged) > answers.fitness(pruned)
+    assert [args for args in told if "merges" in args[2]] == [(n, 15, "evolving merges") for n in range(1, 16)]
+    for layer, plan in merged.items():
+        assert (plan.kept, plan.route_E.tolist()) == (pruned[layer].kept, pruned[layer].route_E.tolist())
+        assert is_alone(plan, job.protect[layer][0])
+    again = EEP.plan(replace(job, options=on))
+    assert all(np.array_equal(again[layer].mix_KE, plan.mix_KE) for layer, plan in merged.items())
+
+
+def test_a_merge_that_gains_nothing_on_rows_held_out_is_dropped(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = merge_job(rows=40, protect={0: (1,), 1: (0,)})
+    pruned = EEP.plan(job)
+    judged = Answers._fitness
+
+    def by_heart(self: Answers, plans: Any, rows: Any) -> tuple[float, float]:
+        return (0.5, 0.0) if rows == self.held else judged(self, plans, rows)
+
+    monkeypatch.setattr(Answers, "_fitness", by_heart)
+    with caplog.at_level(logging.WARNING, "secateur.pruning"):
+        plans = EEP.plan(replace(job, options={**job.options, "merge_generations": 5}))
+    assert "on rows held out, so the merges are dropped" in caplog.text
+    assert all(np.array_equal(plans[layer].mix_KE, plan.mix_KE) for layer, plan in pruned.items())
+
+
+def test_fewer_generations_than_none_are_refused() -> None:
+    with pytest.raises(PlanError, match="merge-generations is -1, must be at least 0"):
+        EEP.plan(toy_job(options={**OPTIONS, "merge_generations": -1}))

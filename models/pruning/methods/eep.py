@@ -53,10 +53,10 @@ def eep(job: Job) -> dict[int, LayerPlan]:
     can be worse on new rows than `init`, held-out rows or not.
 
     This is the paper's first phase, whose one-hot map of router probabilities is `slice` where gates are renormalised.
-    merge_generations adds the second: rows of the expert merging matrix, one-hot so far, are moved by Gaussian noise, so
-    that cut experts and other kept ones flow into each kept one. Noise takes from a row what it gives to it (its sum
-    stays 1) and never makes another expert the row's greatest; protected experts take and give nothing. The merge
-    too must be right more often than what it started from on the rows held out, else it is dropped. The router map
+    merge_generations adds the second: rows of the expert merging matrix, one-hot so far, are moved by Gaussian noise,
+    so that cut experts and other kept ones flow into each kept one. What noise adds to a row's others, its own expert
+    loses (the sum stays 1), and it stays the greatest; protected experts take and give nothing. The merge too must be
+    right more often than what it started from on the rows held out, else it is dropped. The router map
     stays one-hot, while the paper evolves it too: no router of these families can carry a weighted map of its
     probabilities, so such a result could be measured but neither stored nor served.
     Raises PlanError without rows, without their labels under accuracy, for a population below 1, or for fewer
@@ -107,7 +107,7 @@ def _merged(
     winner = evolve(
         start,
         lambda mixes: noised(mixes, free, generator),
-        lambda first, second: _rows_of_either(first, second, generator),
+        lambda first, second: rows_of_either(first, second, generator),
         lambda mixes: answers.fitness(plans(mixes)),
         job.options["population"],
         job.options["merge_generations"],
@@ -125,7 +125,7 @@ def merging(pruned: LayerPlan, mix_KE: FloatArray) -> LayerPlan:
 
 def noised(mixes: Mixes, free: Genome, generator: np.random.Generator) -> Mixes:
     """Noise on one row of a random layer; with probability 1/2 on another, and so on. Its sum and its greatest stay."""
-    layers = [np.array(mix_KE) for mix_KE in mixes]
+    layers = [np.array(mix_KE, dtype=np.float64) for mix_KE in mixes]
     for _ in range(generator.geometric(0.5)):
         layer = generator.integers(len(layers))
         own_K = layers[layer].argmax(1)
@@ -142,7 +142,8 @@ def noised(mixes: Mixes, free: Genome, generator: np.random.Generator) -> Mixes:
     return tuple(tuple(map(tuple, mix_KE.tolist())) for mix_KE in layers)
 
 
-def _rows_of_either(first: Mixes, second: Mixes, generator: np.random.Generator) -> Mixes:
+def rows_of_either(first: Mixes, second: Mixes, generator: np.random.Generator) -> Mixes:
+    """A child of two merges."""
     return tuple(
         tuple(a if generator.random() < 0.5 else b for a, b in zip(one, other, strict=True))
         for one, other in zip(first, second, strict=True)
@@ -224,7 +225,7 @@ def evolve(
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> G:
     """The fittest genome found. No genome is tried twice. Ties keep the lower ids."""
-    fitness_of = {start: fitness(start)}
+    fitness_of: dict[G, Fitness] = {start: fitness(start)}
 
     def ranked() -> list[G]:
         order = sorted(fitness_of, key=lambda genome: (*(-value for value in fitness_of[genome]), genome))
