@@ -5,6 +5,7 @@ request is made from here.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,9 @@ def main() -> None:
         address = "{}:{}".format(*probe.getsockname())
     command = [str(Path(sys.executable).with_name("secateur")), "serve", "--port", address.split(":")[1]]
     began = time.monotonic()
-    server = subprocess.Popen(command, cwd=ROOT)
+    records = tempfile.TemporaryDirectory()
+    environment = os.environ | {"SECATEUR_STORAGE__URL": f"sqlite:///{records.name}/secateur.db"}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         wait_until_ready(server, address)
         ready = time.monotonic() - began
@@ -85,6 +89,8 @@ def main() -> None:
             sys.exit(f"smoke: SIGTERM ended the server with {code}")
     finally:
         server.kill()
+        server.wait()
+        records.cleanup()
     print(f"smoke: ready after {ready:.1f} s, answered {labels} by {answer['variant']}, stopped with 0")
 
 

@@ -1,7 +1,10 @@
 """How much arithmetic a token costs."""
 
+import math
+
 from models import memory
 from models.classifier import Classifier
+from models.sparse import packed_parameters
 
 # Experts' vectors: added, not multiplied with.
 VECTORS = ("b_in_PG", "b_out_PD", "const_CD")
@@ -17,14 +20,15 @@ def flops_per_token(model: Classifier, kept_share: float, length: float) -> int:
     """
     config = model.config
     total = 0.0
-    for name, parameter in model.named_parameters():
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    for name, size in (*shapes, *packed_parameters(model)):
         short = name.rsplit(".", 1)[-1]
         part = memory.PART_OF.get(short, "other")
         if part == "experts" and short not in VECTORS:
-            total += 2 * parameter.numel() / parameter.shape[0] * config.top_k * kept_share
+            total += 2 * math.prod(size[1:]) * config.top_k * kept_share
         elif short == "const_CD":
             total += 2 * config.width * config.top_k * (1 - kept_share)
-        elif part not in ("embedding", "head", "experts") and parameter.ndim == 2:
-            total += 2 * parameter.numel()
+        elif part not in ("embedding", "head", "experts") and len(size) == 2:
+            total += 2 * math.prod(size)
     seen = length if config.vision is not None else (length + 1) / 2
     return round(total + config.num_layers * 4 * config.num_heads * config.head_dim * seen)

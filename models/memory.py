@@ -1,11 +1,13 @@
 """Where the bytes are: what a model needs by itself, and what a process really holds."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from models.compressed import NAMES, PACKED_NAMES
+from models.sparse import packed_parameters
 
 PARTS = ("experts", "router", "attention", "embedding", "head", "other")
 
@@ -60,7 +62,9 @@ def _stored_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Values that can be trained, those in packed buffers too."""
+    packed = sum(math.prod(size) for _, size in packed_parameters(model))
+    return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -1,11 +1,14 @@
 """2:4 experts of a loaded model in the form that its GPU multiplies without unpacking them."""
 
+from collections.abc import Iterator
+
 import torch
+from torch import nn
 
 from kernels.compressed import Masked
 from kernels.sparse import SparseProducts, select_products
 from models.classifier import Classifier, MoELayer
-from models.compressed import MATRICES, PACKED
+from models.compressed import MATRICES, PACKED, compressed_parameters
 from models.config import Bitmask
 
 TWO_OF_FOUR = Bitmask(2, 4)
@@ -15,8 +18,7 @@ def use_sparse_products(model: Classifier, products: SparseProducts | None = Non
     """Replace values and mask of every 2:4 matrix by one packed buffer, where the device has sparse products for it.
 
     That takes as many bytes (Y X for the values and Y X / 8 for their places, in half precision) and one dense matrix
-    while it is packed. The model then answers and is measured as before, but cannot be saved, trained or counted in
-    parameters: it is for serving. products: those of the model's device and dtype by default. A model that runs on the
+    while it is packed. The model then answers and is measured as before, but can be neither saved nor trained. products: those of the model's device and dtype by default. A model that runs on the
     reference, and any matrix whose sides are no multiples of 16, is left as it is.
     """
     if model.backend.name == "reference":
@@ -29,6 +31,15 @@ def use_sparse_products(model: Classifier, products: SparseProducts | None = Non
             for matrix in MATRICES:
                 if getattr(layer.shape.compression, matrix) == TWO_OF_FOUR:
                     _pack(layer, matrix, products)
+
+
+def packed_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the parameters whose values lie in packed buffers: what counts of parameters lack."""
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, MoELayer) and layer.products is not None:
+            here = dict(layer.named_parameters())
+            sizes = compressed_parameters(layer.config, layer.shape)
+            yield from ((f"{prefix}.{name}", size) for name, size in sizes.items() if name not in here)
 
 
 @torch.no_grad()

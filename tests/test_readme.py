@@ -35,6 +35,7 @@ SERVERS = {
 }
 # Not in a clone, or not ours: made by running, building or testing.
 IGNORED = {".git", ".venv", ".hypothesis", "build", "runs", "__pycache__", "pruned", ".secateur"}
+IGNORED |= {f"secateur.db{end}" for end in ("", "-wal", "-shm", ".key", ".lock")}
 
 
 def blocks(language: str) -> list[str]:

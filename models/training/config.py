@@ -30,9 +30,8 @@ class TrainConfig:
                                        of the text.
     shift                              of an image: moved by up to so many pixels in each direction.
     distill, temperature               with a teacher: weight of matching its probabilities, both softened by this.
-    expert_distill                     with a teacher of as many experts: weight of matching each expert's outputs, times
-                                       the ratio of cross-entropy to that loss at the start (MoE-Pruner, arXiv
-                                       2410.12013, which takes 1).
+    expert_distill                     with a teacher of as many experts: weight of matching each expert's outputs, in
+                                       units of the cross-entropy at the start (MoE-Pruner, arXiv 2410.12013, takes 1).
     routers                            trained, or frozen; auto freezes them where rows share experts (`tie`), as M-SMoE
                                        does (arXiv 2310.01334), and nowhere else.
     freeze_constants                   leave the vectors that stand in for cut experts as they are.

@@ -104,6 +104,11 @@ class Classification:
 
 def matching_experts(model: Classifier, teacher: Classifier) -> dict[int, Experts]:
     """The teacher's experts by layer. Raises CheckpointError unless each has a counterpart in the model."""
+    if (model.config.family, model.config.width) != (teacher.config.family, teacher.config.width):
+        raise CheckpointError(
+            f"expert_distill needs a teacher of the family {model.config.family} and width {model.config.width}, "
+            f"this one is {teacher.config.family} of width {teacher.config.width}"
+        )
     found: dict[int, Experts] = {}
     for index in model.config.moe_layers:
         own = model.layers[index]
@@ -115,8 +120,6 @@ def matching_experts(model: Classifier, teacher: Classifier) -> dict[int, Expert
                 f"expert_distill matches experts one by one, but layer {index} has {own.shape.num_experts} and the "
                 f"teacher's {count}: leave it out, or prune by a method that keeps all experts, such as moe-pruner"
             )
-        if (model.config.width, model.config.vision is None) != (teacher.config.width, teacher.config.vision is None):
-            raise CheckpointError("expert_distill needs a teacher of the same family and width")
         found[index] = other.experts
     return found
 

@@ -24,8 +24,11 @@ def serving(folder: Path, *options: str) -> Iterator[httpx.Client]:
     Afterwards SIGTERM must end the server with 0.
     """
     port = _free_port()
-    # Nothing waits for a load balancer to notice here.
-    environment = os.environ | {"SECATEUR_SERVER__READY_OFF_SECONDS": "0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "SECATEUR_SERVER__READY_OFF_SECONDS": "0",  # nothing waits for a load balancer to notice here
+        "SECATEUR_STORAGE__URL": f"sqlite:///{folder}/{port}.db",  # the demo's own may be in use
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "service", "serve", *options, "--port", str(port)]
     with (folder / "serve.out").open("wb") as out, (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=log, env=environment)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kernels.compressed import CompressedExperts
+from kernels.routing import ExpertWeights
 from models.checkpoint import load_checkpoint
 from models.config import Semantics
 from models.dataset import label_ids, read_rows
@@ -17,9 +19,9 @@ from models.progress import silent
 from models.pruning.prune import prune
 from models.training import loop
 from models.training.config import RECOVER_DEFAULTS, TrainConfig
-from models.training.finetune import Classification, annealed, freeze, recover, set_top_k
+from models.training.finetune import Classification, annealed, freeze, matching_experts, recover, set_top_k
 from models.training.loop import Step
-from models.training.losses import RouterTap, distillation_loss, router_entropy
+from models.training.losses import ExpertTap, RouterTap, distillation_loss, expert_loss, router_entropy
 from models.training.optim import Optimizers
 
 SHORT = replace(
@@ -305,3 +307,141 @@ def test_compressed_experts_train_in_their_form(
         name for name in in_experts if name.endswith(held)
     }
     assert any(name.endswith(held) for name in in_experts)
+
+
+def one_by_one(w_out: list[float], w_in: float = 1.0) -> ExpertWeights:
+    """Experts of a single neuron: relu(w_in x) times w_out."""
+    return ExpertWeights(
+        torch.full((len(w_out), 1, 1), w_in),
+        torch.tensor(w_out).view(-1, 1, 1).requires_grad_(),
+        activation="relu",
+        gated=False,
+    )
+
+
+def test_expert_loss_by_hand() -> None:
+    """Expert 0 is off by half of its inputs 1 and 3: (.25 + 2.25) / 2; expert 1 by 2 on its input 2: 4; 2 has none."""
+    x_TD = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
+    slot_TK = torch.tensor([[0, -1], [1, -2], [-1, 0]])
+    student, teacher = one_by_one([1.5, 0.0, 9.0]), one_by_one([2.0, 1.0, 1.0])
+    loss = expert_loss(x_TD, slot_TK, student, teacher)
+    assert float(loss.detach()) == pytest.approx(1.25 + 4.0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert x_TD.grad is None
+    assert teacher.w_out_PDF.grad is None
+    # d/dw of (w x - v x)^2 is 2 (w - v) x^2: the mean of -1 and -9, and -8.
+    assert student.w_out_PDF.grad is not None
+    assert student.w_out_PDF.grad.flatten().tolist() == pytest.approx([-5.0, -8.0, 0.0])
+    assert float(expert_loss(x_TD, slot_TK, teacher, teacher).detach()) == 0.0
+
+
+@pytest.fixture
+def masked(parent: Path, rows_file: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "masked"
+    prune(parent, "moe-pruner", 1.0, out, data=rows_file, options={"pattern": "2:4"})
+    return out
+
+
+def apart(child: Path, parent: Path, rows_file: Path) -> float:
+    """The experts' loss on the train rows, by another way: outputs of dense twins, expert by expert."""
+    student, teacher = load_checkpoint(child), load_checkpoint(parent)
+    texts = [student.encoder.encode(row.text).ids for row in read_rows(rows_file, "train")]
+    total = 0.0
+
+    def tap(layer: int, x_TD: torch.Tensor, logits_TE: torch.Tensor, routing: Any, experts: Any) -> None:
+        nonlocal total
+        assert isinstance(experts, CompressedExperts)
+        pair: tuple[Any, ...] = (experts.dense(), teacher.model.layers[layer].experts)
+        for expert in range(experts.num_experts):
+            x_RD = x_TD[(routing.slot_TK == expert).any(1)].double()
+            outputs = []
+            for dense in pair:
+                gate_RF, up_RF = (x_RD @ dense.w_in_PGD[expert].double().T).chunk(2, dim=1)
+                h_RF = torch.nn.functional.silu(gate_RF) * up_RF
+                outputs.append(h_RF @ dense.w_out_PDF[expert].double().T)
+            if len(x_RD):
+                total += float((outputs[0] - outputs[1]).square().mean())
+
+    with torch.inference_mode():
+        student.model.hidden(student.model.pack(texts), tap)
+    return total
+
+
+def test_expert_distillation_weighs_as_much_as_the_cross_entropy_at_the_start(
+    masked: Path, parent: Path, rows_file: Path
+) -> None:
+    student, teacher = load_checkpoint(masked, dtype="float32"), load_checkpoint(parent, dtype="float32").model
+    rows = read_rows(rows_file, "train")
+    texts: list[Any] = [student.encoder.encode(row.text).ids for row in rows]
+    labels = label_ids(rows, student.labels)
+    config = replace(SHORT, expert_distill=1.0, distill=0.0, batch_tokens=100_000)
+    objective = Classification(student.model, texts, labels, lambda ids, _: ids, config, teacher)
+    wrong = loss_of(masked, rows_file)
+    assert objective.expert_weight == pytest.approx(wrong / apart(masked, parent, rows_file), rel=1e-4)
+    step = Step(tuple(map(tuple, texts)), tuple(range(len(texts))))
+    assert float(objective.loss(step).detach()) == pytest.approx(2 * wrong, rel=1e-4)
+    double = Classification(
+        student.model, texts, labels, lambda ids, _: ids, replace(config, expert_distill=2.0), teacher
+    )
+    assert double.expert_weight == pytest.approx(2 * objective.expert_weight)
+    short = replace(config, batch_tokens=1)  # a first batch holds one text at least
+    assert Classification(student.model, texts, labels, lambda ids, _: ids, short, teacher).expert_weight > 0
+
+
+def test_experts_that_are_their_teachers_weigh_nothing(parent: Path, rows_file: Path) -> None:
+    model, twin = load_checkpoint(parent).model, load_checkpoint(parent).model
+    rows = read_rows(rows_file, "train")[:4]
+    encoder = load_checkpoint(parent).encoder
+    texts = [encoder.encode(row.text).ids for row in rows]
+    config = replace(SHORT, expert_distill=1.0)
+    assert Classification(model, texts, [0] * 4, lambda ids, _: ids, config, twin).expert_weight == 0.0
+
+
+def test_expert_distillation_brings_experts_nearer_and_moves_no_mask(
+    masked: Path, parent: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    config = replace(SHORT, distill=0.0, routers="frozen", epochs=8, trunk_rate=1.0)
+    plain = recover(masked, rows_file, tmp_path / "plain", config, teacher=parent)
+    near = recover(masked, rows_file, tmp_path / "near", replace(config, expert_distill=3.0), teacher=parent)
+    assert apart(near.path, parent, rows_file) < 0.8 * apart(plain.path, parent, rows_file)
+    old, new = load_file(masked / "model.safetensors"), load_file(near.path / "model.safetensors")
+    masks = [name for name in old if name.endswith("mask")]
+    assert len(masks) == 2 * 8 * 3
+    assert all(torch.equal(old[name], new[name]) for name in masks)
+    assert near.manifest is not None
+    assert near.manifest.training is not None
+    assert near.manifest.training["recovery"]["config"]["expert_distill"] == 3.0
+
+
+def test_expert_distillation_that_was_cut_short_resumes_to_the_same_bits(
+    masked: Path, parent: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SHORT, expert_distill=1.0)
+    whole = recover(masked, rows_file, tmp_path / "whole", config, teacher=parent)
+    monkeypatch.setattr(loop, "SAVE_EVERY_STEPS", 3)
+
+    def stop(done: int, total: int, message: str) -> None:
+        if done > 500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(masked, rows_file, tmp_path / "cut", config, teacher=parent, progress=stop)
+    resumed = recover(masked, rows_file, tmp_path / "cut", config, teacher=parent)
+    assert resumed.files["model.safetensors"] == whole.files["model.safetensors"]
+
+
+def test_expert_distillation_says_what_it_needs(parent: Path, rows_file: Path, tmp_path: Path) -> None:
+    config, out = replace(SHORT, expert_distill=1.0), tmp_path / "out"
+    child = cut(parent, rows_file, tmp_path / "child", "zero")
+    with pytest.raises(ConfigError, match="give --teacher DIR"):
+        recover(child, rows_file, out, config)
+    with pytest.raises(CheckpointError, match="layer 0 has 2 and the teacher's 8: leave it out"):
+        recover(child, rows_file, out, config, teacher=parent)
+    assert not out.exists()
+    model = load_checkpoint(parent).model
+    other = load_checkpoint(parent).model
+    other.config = replace(other.config, family="mixtral")
+    with pytest.raises(CheckpointError, match="needs a teacher of the family qwen3_moe and width"):
+        matching_experts(model, other)
+    assert set(matching_experts(model, model)) == {0, 1}
+    assert ExpertTap(matching_experts(model, model)).losses == []

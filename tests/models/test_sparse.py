@@ -11,6 +11,7 @@ from kernels.compressed import CompressedExperts, Dense, Masked, Sparse
 from models import memory, sparse
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.classifier import Classifier, MoELayer
+from models.flops import flops_per_token
 from models.pruning.apply import apply
 from models.pruning.plan import keep_best
 from models.pruning.post import Mask, Post
@@ -70,6 +71,9 @@ def test_a_packed_model_answers_alike_in_as_many_bytes(stored: Callable[..., Pat
     assert after.weight_bytes()["experts"] == 4 * 3 * 32 * 16 * 2 + 3 * 3 * 32 * 16 * 2 * 9 // 16
     assert memory.held_bytes(after.model) == memory.held_bytes(before.model) == sum(after.weight_bytes().values())
     assert memory.resident_bytes([after.model]) == memory.resident_bytes([before.model])
+    assert before.manifest is not None
+    assert memory.num_parameters(after.model) == before.manifest.parameters
+    assert flops_per_token(after.model, 0.75, 9.0) == flops_per_token(before.model, 0.75, 9.0)
 
 
 def test_nothing_of_the_unpacked_form_stays(stored: Callable[..., Path]) -> None:

@@ -35,7 +35,9 @@ def moe_pruner(job: Job) -> dict[int, LayerPlan]:
     enters it (which the paper does not spell out). pattern `0.5` zeroes that share of each row, `2:4` the lowest two of
     each four neighbouring inputs. gate=false leaves g out, which is Wanda (arXiv 2306.11695). An expert that no token
     reached is scored by |W| alone, with a warning. sequential: a layer's inputs come through the layers before it as
-    pruned; else all come from the parent in one pass. Masks are stored as bits and only the kept values beside them.
+    pruned; else all come from the parent in one pass. Masks are stored as bits and only the kept values beside them;
+    GPUs with sparse tensor cores multiply 2:4 as it is (models.sparse). The paper's expert-wise distillation is a part
+    of recovery: `expert_distill` of TrainConfig.
     Prints each layer's load CV, std(n) / mean(n): the paper finds that even loads favour pruning weights, uneven ones
     pruning experts. Raises PlanError unless all experts are kept, for an unknown pattern or target, and where rows are
     needed but only statistics were given.

@@ -36,6 +36,8 @@ def premoe_union(job: Job) -> dict[int, LayerPlan]:
     per_task_keep: experts that each task brings, 0 for as many as the layer may keep. The layer keeps at most
     job.keep: of a larger union, the experts with the lowest sum of scores go, each task's scores divided by their
     layer's sum. A union may be smaller, so layers may differ in size. Protected experts belong to every union.
+    The paper also retrieves the saved pattern nearest to a query. That is left out: it is for a model that must guess
+    the task of a prompt, and here a request names its task, which has a deployment of its own.
     Raises PlanError for statistics of another parent.
     """
     if job.options["per_task_keep"] < 0:
