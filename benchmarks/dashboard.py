@@ -124,7 +124,7 @@ def _lines(axis: Any, panel: Panel, prometheus: Prometheus, seconds: float) -> N
         columns = math.ceil(len(names) / LEGEND_ROWS)
         axis.legend(fontsize=6.5, frameon=False, loc="upper left", ncols=columns, handlelength=1)
         low, high = axis.get_ylim()
-        axis.set_ylim(min(low, 0), high + (high - low) * 0.7)
+        axis.set_ylim(min(low, 0), high + (high - low) * 0.13 * math.ceil(len(names) / columns))
     else:
         _nothing(axis)
 

@@ -2,8 +2,8 @@
 
 Legend: R rows given to one expert, Y rows and X columns of a matrix, Z elements of a row as cuSPARSELt keeps it: X / 2
 values and, on the GPUs known to us, two bits of place for each, which makes 9/16 X in half precision. Only cuSPARSELt
-is used: torch's other library for this, CUTLASS, stops at sm_8x. No GPU was at hand when this was written: that the
-products agree is checked on each device before the first use, how fast they are is not known.
+is used: torch's other library for this, CUTLASS, stops at sm_8x. No GPU was at hand when this was written: whether
+products agree is checked on each device for each size before the first use, how fast they are is not known.
 """
 
 import logging
@@ -43,7 +43,7 @@ class SparseProducts:
 
 
 def pack(w_YX: torch.Tensor) -> torch.Tensor:
-    """cuSPARSELt's form, values and places in one tensor [Y, Z]."""
+    """cuSPARSELt's form, values and places in one tensor; whether it is [Y, Z] or flat depends on torch's version."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
         packed = SparseSemiStructuredTensorCUSPARSELT.from_dense(w_YX.contiguous()).packed
@@ -61,35 +61,44 @@ CUSPARSELT = SparseProducts("cuSPARSELt", pack, linear)
 
 
 def select_products(device: torch.device, dtype: torch.dtype) -> SparseProducts | None:
-    """Sparse products for matrices of this dtype on the device, or None where it has none that work."""
+    """Sparse products for matrices of this dtype on the device, or None where it has none. See also `agrees`."""
     if device.type != "cuda" or dtype not in DTYPES or not torch.backends.cusparselt.is_available():
         return None
     if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return None
-    return CUSPARSELT if agrees(CUSPARSELT, device, dtype) else None
+    return CUSPARSELT
 
 
 @cache
-def agrees(products: SparseProducts, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing and multiplying a known matrix gives what the dense product gives; the answer is logged once."""
-    height, width = 2 * MULTIPLE, 4 * MULTIPLE
-    w_YX = torch.linspace(-1, 1, height * width, device=device).view(height, width)
+def agrees(products: SparseProducts, device: torch.device, dtype: torch.dtype, size: tuple[int, int]) -> bool:
+    """Whether packing and multiplying a known matrix of this size gives what the dense product gives.
+
+    The answer is logged once. Five rows are multiplied, which have to be padded. Sides must be such as `fits`.
+    """
+    height, width = size
+    w_YX = _scattered(height, width, device)
     column_X = torch.arange(width, device=device)
     # Pairs (0, 1), (1, 2), (2, 3), (3, 0) of each four, by row.
     start_Y1 = torch.arange(height, device=device)[:, None]
     w_YX = (w_YX * ((column_X - start_Y1) % 4 < 2)).to(dtype)
-    x_RX = torch.linspace(-1, 1, 5 * width, device=device).cos().view(5, width).to(dtype)
+    x_RX = _scattered(5, width, device).to(dtype)
     expected_RY = x_RX.float() @ w_YX.float().T
+    what = f"{height} x {width} in {dtype} on {device}"
     try:
         with torch.no_grad():
-            result_RY = products.linear(x_RX, products.pack(w_YX), (height, width)).float()
+            result_RY = products.linear(x_RX, products.pack(w_YX), size).float()
     except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        logger.warning("no sparse products of %s on %s, 2:4 experts are unpacked instead: %s", dtype, device, error)
+        logger.warning("no sparse products of %s, these 2:4 experts are unpacked instead: %s", what, error)
         return False
-    if result_RY.shape == expected_RY.shape and float((result_RY - expected_RY).norm()) <= TOLERANCE * float(
-        expected_RY.norm()
-    ):
-        logger.info("2:4 experts of %s on %s run as sparse products of %s", dtype, device, products.name)
+    limit = TOLERANCE * float(expected_RY.norm())
+    if result_RY.shape == expected_RY.shape and float((result_RY - expected_RY).norm()) <= limit:
+        logger.info("2:4 experts of %s run as sparse products of %s", what, products.name)
         return True
-    logger.warning("sparse products of %s on %s are wrong, 2:4 experts are unpacked instead", dtype, device)
+    logger.warning("sparse products of %s are wrong, these 2:4 experts are unpacked instead", what)
     return False
+
+
+def _scattered(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Numbers in [-1, 1) of which neighbours are unlike, so that a value in another's place shows."""
+    number_N = torch.arange(1, height * width + 1, device=device, dtype=torch.float64)
+    return (2 * (number_N * 0.7548776662466927).frac() - 1).float().view(height, width)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kernels.compressed import Masked
-from kernels.sparse import SparseProducts, select_products
+from kernels.sparse import SparseProducts, agrees, select_products
 from models.classifier import Classifier, MoELayer
 from models.compressed import MATRICES, PACKED, compressed_parameters
 from models.config import Bitmask
@@ -18,8 +18,9 @@ def use_sparse_products(model: Classifier, products: SparseProducts | None = Non
     """Replace values and mask of every 2:4 matrix by one packed buffer, where the device has sparse products for it.
 
     That takes as many bytes (Y X for the values and Y X / 8 for their places, in half precision) and one dense matrix
-    while it is packed. The model then answers and is measured as before, but can be neither saved nor trained. products: those of the model's device and dtype by default. A model that runs on the
-    reference, and any matrix whose sides are no multiples of 16, is left as it is.
+    while it is packed. The model then answers and is measured as before, but can be neither saved nor trained.
+    products: those of the model's device and dtype by default. A model that runs on the reference, any matrix whose
+    sides are no multiples of 16, and any whose size the products get wrong is left as it is.
     """
     if model.backend.name == "reference":
         return
@@ -45,7 +46,10 @@ def packed_parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]
 @torch.no_grad()
 def _pack(layer: MoELayer, matrix: str, products: SparseProducts) -> None:
     stack = getattr(layer.compressed(), matrix)
-    if not isinstance(stack, Masked) or not products.fits(stack.value_PYM.shape[1], stack.width):
+    if not isinstance(stack, Masked):
+        return
+    value_PYM, size = stack.value_PYM, (stack.value_PYM.shape[1], stack.width)
+    if not products.fits(*size) or not agrees(products, value_PYM.device, value_PYM.dtype, size):
         return
     packed = torch.stack([products.pack(stack.matrix(expert)) for expert in range(layer.shape.num_experts)])
     delattr(layer, f"w_{matrix}_value_PYM")

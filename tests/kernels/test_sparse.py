@@ -59,7 +59,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), h
     """A machine whose GPU says so much of itself; no tensor may go there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: has_library)
-    monkeypatch.setattr(sparse, "agrees", lambda products, device, dtype: True)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +84,6 @@ def test_only_half_precision_on_an_ampere_or_newer_with_the_library(
     assert select_products(device, dtype) is expected
 
 
-def test_a_device_whose_products_disagree_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu(monkeypatch)
-    monkeypatch.setattr(sparse, "agrees", lambda products, device, dtype: False)
-    assert select_products(CUDA, torch.bfloat16) is None
-
-
 @pytest.mark.parametrize(
     ("height", "width", "fits"), [(16, 16, True), (208, 128, True), (24, 32, False), (32, 8, False)]
 )
@@ -103,10 +96,10 @@ def test_the_self_test_passes_what_is_right_and_says_so_once(
     dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "secateur.kernels"):
-        assert agrees(FAKE, CPU, dtype)
-        assert agrees(FAKE, CPU, dtype)
+        for size in ((16, 16), (208, 128), (16, 16)):
+            assert agrees(FAKE, CPU, dtype, size)
     assert [record.message for record in caplog.records] == [
-        f"2:4 experts of {dtype} on cpu run as sparse products of fake"
+        f"2:4 experts of {size} in {dtype} on cpu run as sparse products of fake" for size in ("16 x 16", "208 x 128")
     ]
 
 
@@ -116,6 +109,12 @@ def _fails(*_: Any) -> torch.Tensor:
 
 def _shifted(x_RX: torch.Tensor, packed_YZ: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return FAKE.linear(x_RX, packed_YZ, size).roll(1, dims=1)
+
+
+def _misplaced(x_RX: torch.Tensor, packed_YZ: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Each value two columns further, within its four."""
+    four = torch.unflatten(unpack(packed_YZ, size), 1, (-1, 4))
+    return torch.nn.functional.linear(x_RX, four.roll(2, dims=-1).flatten(1))
 
 
 def _nothing(x_RX: torch.Tensor, packed_YZ: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -128,18 +127,19 @@ def _nothing(x_RX: torch.Tensor, packed_YZ: torch.Tensor, size: tuple[int, int])
         (replace(FAKE, pack=_fails), "unpacked instead: cuSPARSELt error 10"),
         (replace(FAKE, linear=_fails), "unpacked instead: cuSPARSELt error 10"),
         (replace(FAKE, linear=_shifted), "are wrong"),
+        (replace(FAKE, linear=_misplaced), "are wrong"),
         (replace(FAKE, linear=_nothing), "are wrong"),
     ],
 )
 def test_the_self_test_fails_what_raises_or_is_wrong(
     products: SparseProducts, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not agrees(products, CPU, torch.float16)
+    assert not agrees(products, CPU, torch.float16, (32, 64))
     assert message in caplog.text
 
 
 def test_torchs_own_form_is_refused_on_a_cpu_and_the_self_test_survives_it() -> None:
-    assert not agrees(CUSPARSELT, CPU, torch.bfloat16)
+    assert not agrees(CUSPARSELT, CPU, torch.bfloat16, (32, 64))
 
 
 @pytest.mark.parametrize("dtype", sparse.DTYPES, ids=str)
@@ -175,8 +175,10 @@ def on_cuda(masked: Stack) -> Masked:
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", sparse.DTYPES, ids=str)
-def test_cuda_has_products_that_agree(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [(16, 16), (208, 128), (128, 208), (3072, 768)])
+def test_cuda_has_products_that_agree(size: tuple[int, int], dtype: torch.dtype) -> None:
     assert select_products(CUDA, dtype) is CUSPARSELT
+    assert agrees(CUSPARSELT, CUDA, dtype, size)
 
 
 @needs_cuda

@@ -1,6 +1,7 @@
 """Loaded models whose 2:4 experts stay packed: which matrices, the same answers, and every byte counted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,20 @@ def test_other_patterns_and_other_sides_stay_as_they_are(
     experts = experts_of(model)
     assert tuple(type(stack) for stack in (experts.gate, experts.up, experts.down)) == kinds
     torch.testing.assert_close(model.classify(sequences).logits_BC, before, rtol=2e-2, atol=2e-2)
+
+
+def test_products_that_are_wrong_for_a_size_leave_it_as_it_is(stored: Callable[..., Path]) -> None:
+    """Gate and up are 32 x 16, down is 16 x 32."""
+
+    def linear(x_RX: torch.Tensor, packed_YZ: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return FAKE.linear(x_RX, packed_YZ, size) * (1.0 if size == (16, 32) else 1.1)
+
+    model = loaded(stored(Mask("2:4", ALL))).model
+    use_sparse_products(model, replace(FAKE, linear=linear))
+    experts = experts_of(model)
+    assert isinstance(experts.gate, Masked)
+    assert isinstance(experts.up, Masked)
+    assert isinstance(experts.down, Sparse)
 
 
 def test_the_reference_backend_keeps_the_readable_form(stored: Callable[..., Path]) -> None:
