@@ -17,7 +17,8 @@ WORKDIR /srv/secateur
 # Made from the list of dependencies alone, which changes less often than the source.
 FROM base AS dependencies
 ARG DEVICE
-# Where a torch for CPUs is; the default build brings gigabytes of CUDA libraries along.
+# An index with torch built for CPUs, as PyTorch's installation page names it. Without one, and without a wheel at hand,
+# the default build is installed, which brings gigabytes of CUDA libraries along.
 ARG TORCH_INDEX=
 # For `strip`; nothing of it reaches the image that serves.
 # hadolint ignore=DL3008

@@ -54,7 +54,7 @@ test-gpu:
 	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 # CONTAINER_RUN may name a program that brings an engine up for the command it is given; empty, Docker is there already.
-test-containers:
+test-containers: $(VENV)/.dev
 	$(CONTAINER_RUN) bash docker/check.sh
 
 check: $(VENV)/.dev
