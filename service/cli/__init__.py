@@ -9,6 +9,7 @@ from models.errors import CheckpointError, SecateurError
 from service.cli import demo, keys, storage
 from service.cli.calibrate import calibrate_cascade
 from service.cli.checkpoints import classify, inspect
+from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.experiments import promote, report
 from service.cli.importing import import_vmoe
@@ -38,6 +39,7 @@ app.command("classify")(classify)
 app.command("inspect")(inspect)
 app.command("measure")(measure)
 app.command("evaluate")(evaluate)
+app.command("compare")(compare)
 app.command("prune", cls=PruneCommand)(prune)
 app.command("plan")(plan)
 app.command("samplesize")(samplesize)
