@@ -40,6 +40,7 @@ from service.experiments.tables import (
     pairs_table,
     step_table,
 )
+from service.experiments.words import roughly
 from service.html import Html
 
 REFRESH_SECONDS = 10
@@ -180,7 +181,7 @@ def _progress(report: Report) -> str:
     if report.needed is None or not report.needed.units:
         return ""
     wanted = report.needed.units
-    words = f"{report.units:,} of about {wanted:,} units"
+    words = f"{report.units:,} of about {roughly(wanted):,} units"
     return (
         f'<div class="progress"><progress aria-label="Units" max="{wanted}" value="{min(report.units, wanted)}">'
         f"</progress><span>{words}</span></div>"

@@ -42,7 +42,7 @@ def needed_words(comparison: Comparison, word: Word, more: int | None) -> str:
         return f"Too early to say: there are {round(comparison.fewest):,} {counted}, and {FEWEST} are needed at least."
     if more is None:
         return "At the rates seen so far, no number of units would decide it."
-    return f"If the rates stay, about {more:,} more units will decide it."
+    return f"If the rates stay, about {roughly(more):,} more units will decide it."
 
 
 def _superior(report: Report, difference: Difference) -> str:
@@ -134,3 +134,9 @@ def _most(difference: float) -> str:
 
 def _capitalised(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
+
+
+def roughly(units: int) -> int:
+    """A forecast with the two digits that it deserves, rounded up: 4,535,810 is 4,600,000."""
+    step = 10 ** max(len(str(units)) - 2, 0)
+    return -(-units // step) * step

@@ -84,7 +84,7 @@ def test_a_split_shows_counts_against_weights_and_what_is_needed() -> None:
     text = words_of(render(report(reports.split())))
     assert "Not decided yet" in text
     assert "About 24,300 more units are needed" in text
-    assert "5,200 of about 29,500 units" in text
+    assert "5,200 of about 30,000 units" in text
     assert "The units fit the weights: chi-square 0.69, p 0.405" in text
     assert "2,630 units" in text
     assert "Right answers, % 90.0 \u2192 89.1 control \u2192 candidate" in text

@@ -3,6 +3,7 @@
 import pytest
 
 from service.deployments import Registry
+from service.experiments.words import roughly
 from service.storage.events import Tally
 from tests.service.experiments.cases import pair_tallies, records, registry, report_on, split_tallies
 
@@ -44,7 +45,8 @@ def test_what_an_undecided_comparison_needs(registry: Registry) -> None:
     assert report.words.startswith("It is not known yet whether mood-pruned is less accurate than mood-full by more")
     assert report.needed is not None
     assert report.needed.units is not None
-    assert report.needed.words == f"If the rates stay, about {report.needed.units - 2000:,} more units will decide it."
+    more = roughly(report.needed.units - 2000)
+    assert report.needed.words == f"If the rates stay, about {more:,} more units will decide it."
 
 
 def test_what_no_number_of_units_would_decide(registry: Registry) -> None:
@@ -61,3 +63,10 @@ def test_too_few_in_one_arm(registry: Registry) -> None:
     assert (
         report.words == "Too early to say: there are 50 labelled units in the smaller arm, and 100 are needed at least."
     )
+
+
+@pytest.mark.parametrize(
+    ("units", "rough"), [(0, 0), (7, 7), (99, 99), (100, 100), (101, 110), (29_500, 30_000), (4_535_810, 4_600_000)]
+)
+def test_a_forecast_has_two_digits_and_never_promises_too_much(units: int, rough: int) -> None:
+    assert roughly(units) == rough
