@@ -138,5 +138,5 @@ def _capitalised(sentence: str) -> str:
 
 def roughly(units: int) -> int:
     """A forecast with the two digits that it deserves, rounded up: 4,535,810 is 4,600,000."""
-    step = 10 ** max(len(str(units)) - 2, 0)
+    step: int = 10 ** max(len(str(units)) - 2, 0)
     return -(-units // step) * step
