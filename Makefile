@@ -54,7 +54,9 @@ test-gpu:
 	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 # CONTAINER_RUN may name a program that brings an engine up for the command it is given; empty, Docker is there already.
-test-containers: $(VENV)/.dev
+# PYTHON in the environment is the image's, such as 3.12, and not what makes the virtual environment.
+test-containers:
+	@$(MAKE) --no-print-directory PYTHON=python3 install-dev
 	$(CONTAINER_RUN) bash docker/check.sh
 
 check: $(VENV)/.dev
