@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from models.memory import resident_bytes
@@ -13,14 +12,12 @@ from service.experiments.document import (
     ArmReport,
     Cascade,
     Decided,
-    Difference,
     Disagreement,
     Flip,
     Latency,
     LatencyWord,
     LookReport,
     Memory,
-    Needed,
     Pairs,
     Quantiles,
     Ratio,
@@ -28,20 +25,17 @@ from service.experiments.document import (
     ReportLine,
     Srm,
     StepReport,
-    Word,
 )
 from service.experiments.guardrail import failures
+from service.experiments.judging import Judged, are_labels_picked, judge
 from service.experiments.recalls import class_reports, regressions
-from service.experiments.records import Counts, Milliseconds, Records
+from service.experiments.records import Milliseconds, Records
 from service.metrics import PREFIX, Metrics
 from service.savings import alone_bytes, saved_bytes
 from service.statistics.classes import wilson
-from service.statistics.comparison import Comparison, LabelFree, Paired, TwoArms
 from service.statistics.latency import bootstrap_ratio, latency_word, quantile, quantile_interval
-from service.statistics.paired import betting_e_value, mcnemar_p
-from service.statistics.power import still_needed
 from service.statistics.srm import srm
-from service.statistics.verdict import DECIDED, FEWEST, Reason, invalid_reasons, verdict
+from service.statistics.verdict import DECIDED, Reason
 from service.storage.events import Step
 
 MOST_FLIPS = 20
@@ -61,7 +55,7 @@ def assemble(records: Records, registry: Registry, shadow_drops: dict[str, int],
     is_shadow = experiment.mode == "shadow"
     now = time.time() if now is None else now
     sample_ratio, label_ratio = _srm(records, "units"), _srm(records, "labelled")
-    judged = _judge(records, task, bool(sample_ratio and sample_ratio.alarm), bool(label_ratio and label_ratio.alarm))
+    judged = judge(records, task, bool(sample_ratio and sample_ratio.alarm), bool(label_ratio and label_ratio.alarm))
     classes = class_reports(records, task.reference.labels if task.reference else ())
     dp = counts.n("dp")
     agreement, agreement_interval = _agreement(records)
@@ -100,7 +94,7 @@ def assemble(records: Records, registry: Registry, shadow_drops: dict[str, int],
         verdict=judged.word,
         words="",
         worse=judged.worse,
-        first_decided=_first_decided(records.steps) or judged.decided(now),
+        first_decided=_first_decided(records.steps) or _decided(judged, now),
         needed=judged.needed,
         ramp=experiment.ramp.steps if experiment.ramp else None,
         timeline=_timeline(records, judged, now),
@@ -142,116 +136,6 @@ def shadow_dropped(metrics: Metrics, name: str) -> dict[str, int]:
 def moment(at: float) -> str:
     """Unix seconds as RFC 3339 in UTC."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """The comparison and what follows from it."""
-
-    units: int
-    difference: Difference | None
-    word: Word
-    worse: bool
-    invalid: Sequence[Reason]
-    needed: Needed | None
-
-    def decided(self, now: float) -> Decided | None:
-        """For the moment between a decision and its record."""
-        return Decided(verdict=self.word, units=self.units, at=moment(now)) if self.word in DECIDED else None
-
-
-def compared(records: Records) -> Comparison | None:
-    """The comparison that the records allow, None in a cascade.
-
-    A shadow is judged by its labelled pairs once there are enough for any verdict, and until then by how often its arms
-    disagree, which needs no label; so too where labels were given to disagreements only.
-    """
-    counts = records.counts
-    if records.experiment.mode == "cascade":
-        return None
-    if records.experiment.mode == "split":
-        (n_0, right_0), (n_1, right_1) = (
-            (counts.n("labelled", arm=arm), counts.n("right", arm=arm)) for arm in records.arms
-        )
-        return TwoArms(right_1, n_1, right_0, n_0)
-    labelled, pairs = counts.n("labelled_pairs"), counts.n("unit_pairs")
-    only_control, only_candidate = (
-        counts.n("labelled_pairs", predicted=word) for word in ("only_control", "only_candidate")
-    )
-    if (labelled >= FEWEST and not are_labels_picked(records)) or not pairs:
-        return Paired(only_control, only_candidate, labelled)
-    return LabelFree(_disagreements(counts), pairs, only_control, only_candidate)
-
-
-def are_labels_picked(records: Records) -> bool:
-    """Whether a shadow's labels went to disagreements, so that the labelled pairs are no fair sample of all pairs.
-
-    Who labels only what the arms disagree on saves work, and would make `Paired` call any difference ten times what it
-    is. Pairs that one arm alone won are disagreements: their share of the labelled is held against the share of
-    disagreements in all pairs, by the same sequential test as the arms' counts.
-    """
-    counts = records.counts
-    labelled, pairs = counts.n("labelled_pairs"), counts.n("unit_pairs")
-    won = counts.n("labelled_pairs", predicted="only_control") + counts.n("labelled_pairs", predicted="only_candidate")
-    disagreements = _disagreements(counts)
-    if won * pairs <= disagreements * labelled:
-        return False
-    return srm([won, labelled - won], [disagreements, pairs - disagreements]).alarm
-
-
-def _disagreements(counts: Counts) -> int:
-    """First pairs of a unit that disagree. A unit's first labelled pair may be another, and may be the only one to."""
-    won = counts.n("labelled_pairs", predicted="only_control") + counts.n("labelled_pairs", predicted="only_candidate")
-    return max(counts.n("unit_pairs") - counts.n("unit_pairs", predicted="agree"), won)
-
-
-def _judge(records: Records, task: Task, is_ratio_off: bool, are_labels_off: bool) -> _Judged:
-    counts, experiment = records.counts, records.experiment
-    recorded = counts.n("items") + counts.n("overrides") + counts.n("pairs")
-    invalid = tuple(
-        invalid_reasons(
-            sample_ratio=is_ratio_off, label_ratio=are_labels_off, dropped=counts.n("dropped"), recorded=recorded
-        )
-    )
-    comparison = compared(records)
-    is_regression = task.reference is not None and task.reference.problem_type == "regression"
-    if comparison is None or is_regression:
-        return _Judged(counts.n("units"), None, "invalid" if invalid else "insufficient_data", False, invalid, None)
-    word, worse = verdict(comparison, experiment.margin, experiment.alpha, is_invalid=bool(invalid))
-    return _Judged(
-        units=round(comparison.units),
-        difference=_difference(comparison, experiment.margin, experiment.alpha) if comparison.fewest else None,
-        word=word,
-        worse=worse,
-        invalid=invalid,
-        needed=_needed(comparison, word, experiment.margin, experiment.alpha),
-    )
-
-
-def _needed(comparison: Comparison, word: Word, margin: float, alpha: float) -> Needed | None:
-    if word not in ("insufficient_data", "undecided"):
-        return None
-    units = still_needed(comparison, margin, alpha) if comparison.fewest else None
-    more = None if units is None else max(units - round(comparison.units), 0)
-    return Needed(units=units, more=more, words=words.needed_words(comparison, word, more))
-
-
-def _difference(comparison: Comparison, margin: float, alpha: float) -> Difference:
-    estimate, bounds = comparison.difference(margin, alpha)
-    evidence = p_value = None
-    if isinstance(comparison, Paired):
-        counted = comparison.only_control, comparison.only_candidate
-        evidence, p_value = betting_e_value(*counted, comparison.n, -margin), mcnemar_p(*map(round, counted))
-    elif isinstance(comparison, LabelFree):
-        evidence = betting_e_value(comparison.disagreements, 0, comparison.n, -margin)
-    return Difference(
-        estimate=estimate,
-        lower=bounds.lower,
-        upper=bounds.upper,
-        method=comparison.method,
-        e_non_inferior=evidence,
-        mcnemar_p=p_value,
-    )
 
 
 def _arm(records: Records, arm: str) -> ArmReport:
@@ -382,6 +266,11 @@ def _cascade(records: Records) -> Cascade | None:
     )
 
 
+def _decided(judged: Judged, now: float) -> Decided | None:
+    """For the moment between a decision and its record."""
+    return Decided(verdict=judged.word, units=judged.units, at=moment(now)) if judged.word in DECIDED else None
+
+
 def _first_decided(steps: Sequence[Step]) -> Decided | None:
     for step in steps:
         units = ramp.units_of(step.detail) if step.action == "decided" else None
@@ -390,7 +279,7 @@ def _first_decided(steps: Sequence[Step]) -> Decided | None:
     return None
 
 
-def _timeline(records: Records, judged: _Judged, now: float) -> list[LookReport]:
+def _timeline(records: Records, judged: Judged, now: float) -> list[LookReport]:
     """Looks since the comparison was last made another way, and the one of this moment."""
     since = max((step.at for step in records.steps if step.action == "method"), default=0.0)
     looks = [
