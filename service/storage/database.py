@@ -100,6 +100,7 @@ def _postgresql(url: URL) -> Engine:
         "connect_timeout": PATIENCE_SECONDS,
         "tcp_user_timeout": milliseconds,
         "application_name": "secateur",
+        "client_encoding": "utf8",  # a database of encoding SQL_ASCII would hand out bytes
         "options": " ".join((*url.normalized_query.get("options", ()), *(f"-c {k}={v}" for k, v in server.items()))),
     }
     return create_engine(

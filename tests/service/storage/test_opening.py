@@ -11,7 +11,8 @@ from service.sections import Storage
 from service.storage.database import connect
 from service.storage.store import Store
 from service.storage.upgrade import upgrade
-from tests.service.storage.conftest import KEY, Open
+from tests.service.storage.conftest import KEY, Open, administer
+from tests.service.storage.records import exposure, label, number, send
 
 
 def open_file(folder: Path, key: bytes | None = None) -> Store:
@@ -98,3 +99,14 @@ def test_upgrading_twice_changes_nothing(open_store: Open, url: str) -> None:
     engine = connect(url)
     upgrade(engine)
     engine.dispose()
+
+
+def test_a_database_without_an_encoding_of_its_own(postgres: Path, metrics: Metrics) -> None:
+    administer(postgres, "CREATE DATABASE ascii TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'")
+    store = Store.open(Storage(url=f"postgresql://secateur@/ascii?host={postgres}"), KEY, metrics)
+    try:
+        store.record(exposure("a", label="größer"))
+        assert send(store, label("a", "größer")) == ("matched",)
+        assert number(store, "right", "small") == 1
+    finally:
+        store.close()
