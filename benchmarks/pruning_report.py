@@ -95,8 +95,9 @@ def _about(parents: Sequence[Parent], cells: Sequence[Cell], outcomes: Outcomes)
         lines.append(f"| {p.task} | {100 * p.accuracy:.1f} | {p.rows:,} | {groups:,} | {experts} | {p.bytes:,} |")
     lines += [
         "",
-        f"{len(found)} of {len(cells)} cells were measured, which took {minutes:.0f} minutes of work, on a machine "
-        f"that others used too; {shared} of them are children that another cell had made already, to the bit. "
+        f"{len(found)} of {len(cells)} cells were measured, which took {minutes:.0f} minutes of work in one run or in "
+        "several that went on from each other, on a machine that others used too; "
+        f"{shared} of them are children that another cell had made already, to the bit. "
         f"{'; '.join(sorted({p.setting for p in parents}))}.",
     ]
     return "\n".join(lines)
