@@ -17,9 +17,9 @@ WORKDIR /srv/secateur
 # Made from the list of dependencies alone, which changes less often than the source.
 FROM base AS dependencies
 ARG DEVICE
-# An index with torch built for CPUs, as PyTorch's installation page names it. Without one, and without a wheel at hand,
-# the default build is installed, which brings gigabytes of CUDA libraries along.
-ARG TORCH_INDEX=
+# A page or folder with links to wheels of torch built for CPUs. Without one, and without a wheel at hand, the default
+# build is installed, which brings gigabytes of CUDA libraries along.
+ARG TORCH_LINKS=
 # For `strip`; nothing of it reaches the image that serves.
 # hadolint ignore=DL3008
 RUN apt-get update \

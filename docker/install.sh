@@ -1,13 +1,13 @@
 #!/bin/sh
 # Installs the dependencies into /opt/venv, without pip and without what only serves developers. Runs inside the build:
-# DEVICE is cpu or cuda, TORCH_INDEX where a torch for CPUs is, if known; /wheels may hold wheels to prefer.
+# DEVICE is cpu or cuda, TORCH_LINKS a page that links to wheels of torch, if known; /wheels may hold them.
 set -eu
 
 if [ "$DEVICE" = cpu ] && ! ls /wheels/torch-*.whl >/dev/null 2>&1; then
-  if [ -n "$TORCH_INDEX" ]; then
-    set -- --extra-index-url "$TORCH_INDEX"
+  if [ -n "$TORCH_LINKS" ]; then
+    set -- --find-links "$TORCH_LINKS"
   else
-    echo "WARNING: no TORCH_INDEX and no wheel of torch: its default build brings gigabytes of CUDA libraries" >&2
+    echo "WARNING: no TORCH_LINKS and no wheel of torch: its default build brings gigabytes of CUDA libraries" >&2
   fi
 fi
 python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \

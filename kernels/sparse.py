@@ -87,6 +87,7 @@ def agrees(products: SparseProducts, device: torch.device, dtype: torch.dtype, s
     try:
         with torch.no_grad():
             result_RY = products.linear(x_RX, products.pack(w_YX), size).float()
+    # torch's sparse classes are young: they say in all these ways that a library, a device or a signature does not fit.
     except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         logger.warning("no sparse products of %s, these 2:4 experts are unpacked instead: %s", what, error)
         return False
